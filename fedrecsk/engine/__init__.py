@@ -1,0 +1,1 @@
+"""Floor 2: clients and tensors. Knows nothing of recommenders."""

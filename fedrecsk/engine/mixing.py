@@ -1,0 +1,85 @@
+"""Aggregation. Whatever its name, it is a weighted sum over clients.
+
+Rows of many clients meet in one table. Scattering them one by one (``index_add_``) is bound by
+random writes; a sparse matrix with one row per table row turns the same sum into a streaming
+product, and carries the weights for free.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+
+def scatter_sum(
+    values: Tensor, index: Tensor, n_rows: int, weights: Tensor | None = None
+) -> Tensor:
+    """Sum weighted rows into the rows of a table.
+
+    Parameters
+    ----------
+    values : Tensor of shape (K, d)
+        One row per (client, table row).
+    index : Tensor of shape (K,), int64
+        The table row that each one belongs to.
+    n_rows : int
+        Rows of the table.
+    weights : Tensor of shape (K,), optional
+        Default: ones.
+
+    Returns
+    -------
+    Tensor of shape (n_rows, d)
+        ``out[i] = sum of weights[k] * values[k] over index[k] == i``; zero for untouched rows.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fedrecsk.engine.mixing import scatter_sum
+    >>> scatter_sum(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([2, 0, 2]), 3)
+    tensor([[2.],
+            [0.],
+            [5.]])
+    """
+    order = torch.argsort(index, stable=True)
+    rows = row_offsets(index, n_rows)
+    data = values.new_ones(len(index)) if weights is None else weights[order].to(values.dtype)
+    return csr_product(rows, order, data, values, n_rows)
+
+
+def row_offsets(index: Tensor, n_rows: int) -> Tensor:
+    """Offsets (n_rows + 1,) of the rows of a CSR matrix whose entries lie in rows `index`."""
+    counts = torch.bincount(index, minlength=n_rows)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def csr_product(
+    indptr: Tensor, columns: Tensor, data: Tensor, dense: Tensor, n_rows: int
+) -> Tensor:
+    """Product of a CSR matrix (n_rows, len(dense)) with a dense one, on any device."""
+    with warnings.catch_warnings():
+        # torch announces on first use that CSR tensors are in beta; we use the product alone,
+        # and the tests compare it with a loop.
+        warnings.filterwarnings("ignore", message=".*[Ss]parse", category=UserWarning)
+        matrix = torch.sparse_csr_tensor(
+            indptr, columns, data, size=(n_rows, len(dense)), check_invariants=False
+        )
+        return matrix @ dense
+
+
+def weighted_mean(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Divide rows by their total weight; rows that nobody touched stay zero.
+
+    Parameters
+    ----------
+    numerator : Tensor of shape (n_rows, d)
+    denominator : Tensor of shape (n_rows,)
+
+    Returns
+    -------
+    Tensor of shape (n_rows, d)
+    """
+    safe = torch.where(denominator > 0, denominator, torch.ones_like(denominator))
+    return numerator / safe[:, None]

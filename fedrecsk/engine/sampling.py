@@ -1,0 +1,108 @@
+"""Which clients take part in a round."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def cohort_size(clients_per_round: int | float, n_clients: int) -> int:
+    """Return the number of clients that take part in a round.
+
+    Parameters
+    ----------
+    clients_per_round : int or float
+        An int is the number itself (capped at `n_clients`), a float in (0, 1] a share of all
+        clients, rounded, and at least one.
+    n_clients : int
+        Size of the federation.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> from fedrecsk.engine.sampling import cohort_size
+    >>> cohort_size(0.2, 943), cohort_size(50, 943), cohort_size(50, 10)
+    (189, 50, 10)
+    """
+    if isinstance(clients_per_round, (int, np.integer)):
+        return min(int(clients_per_round), n_clients)
+    return max(1, min(n_clients, round(float(clients_per_round) * n_clients)))
+
+
+def uniform_cohort(n_clients: int, size: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw `size` distinct clients uniformly, in ascending order.
+
+    Parameters
+    ----------
+    n_clients, size : int
+        Population and sample, ``size <= n_clients``.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    ndarray of shape (size,), dtype int64
+    """
+    if size == n_clients:
+        return np.arange(n_clients, dtype=np.int64)
+    chosen = rng.choice(n_clients, size=size, replace=False, shuffle=False)
+    return np.sort(chosen).astype(np.int64)
+
+
+def epoch_cohorts(n_clients: int, size: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+    """Shuffle all clients and cut them into cohorts, so that an epoch visits each one once.
+
+    Parameters
+    ----------
+    n_clients, size : int
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    list of ndarray
+        Cohorts of `size` clients, the last one possibly smaller.
+    """
+    order = rng.permutation(n_clients).astype(np.int64)
+    return [np.sort(order[start : start + size]) for start in range(0, n_clients, size)]
+
+
+def stratified_cohort(
+    labels: NDArray[np.int64], size: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Draw clients with equal quotas from clusters; the quotas sum to exactly `size`.
+
+    Clusters smaller than their quota give all they have and the others share what is left over.
+
+    Parameters
+    ----------
+    labels : ndarray of shape (n_clients,)
+        Cluster of each client.
+    size : int
+        Cohort size, at most ``len(labels)``.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    ndarray of shape (size,), dtype int64
+        Ascending.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fedrecsk.engine.sampling import stratified_cohort
+    >>> labels = np.array([0] * 8 + [1] * 2)
+    >>> chosen = stratified_cohort(labels, 4, np.random.default_rng(0))
+    >>> np.bincount(labels[chosen]).tolist()
+    [2, 2]
+    """
+    # Rank the members of each cluster at random; taking clients by rank, and by a random order
+    # of clusters within a rank, deals the places out as evenly as the cluster sizes allow.
+    n_clients = len(labels)
+    order = np.lexsort((rng.random(n_clients), labels))
+    sizes = np.bincount(labels)
+    rank = np.empty(n_clients, dtype=np.int64)
+    rank[order] = np.arange(n_clients) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    turn = rng.permutation(len(sizes))[labels]
+    return np.sort(np.lexsort((turn, rank))[:size]).astype(np.int64)
