@@ -1,0 +1,19 @@
+"""Interactions as the caller has them, and as arrays of codes (no torch here)."""
+
+from fedrecsk.data.interactions import (
+    Columns,
+    Interactions,
+    encode,
+    interactions_from_sparse,
+    read_columns,
+)
+from fedrecsk.data.vocabulary import Vocabulary
+
+__all__ = [
+    "Columns",
+    "Interactions",
+    "Vocabulary",
+    "encode",
+    "interactions_from_sparse",
+    "read_columns",
+]
