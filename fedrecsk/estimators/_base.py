@@ -1,0 +1,509 @@
+"""What all recommenders share: reading data, the public methods, callbacks and scoring.
+
+A subclass fills two hooks: `_simulate` runs the federation and returns fitted attributes,
+`_score_items` scores all items for some users. Everything a user calls is written here once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABCMeta, abstractmethod
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator
+from sklearn.callback import CallbackSupportMixin, with_callbacks
+from sklearn.utils.validation import check_is_fitted
+
+from fedrecsk.data.interactions import Columns, Interactions, encode, merge, read_columns
+from fedrecsk.data.vocabulary import Vocabulary
+from fedrecsk.engine.rounds import Record
+from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
+from fedrecsk.exceptions import NothingHeldOutError, NothingHeldOutWarning, UnknownIdWarning
+from fedrecsk.metrics.ranking import check_k, top_k
+from fedrecsk.metrics.scorers import score_ranking
+
+# Scores held at a time when ranking: 64 MB in single precision.
+SCORES_PER_BATCH = 1 << 24
+# Length of the ranking behind ``score`` and early stopping.
+SCORE_K = 20
+
+Attributes = dict[str, Any]
+
+# Constraints of the parameters that several estimators share, under the same names.
+SHARED_CONSTRAINTS: Constraints = {
+    "n_factors": [Interval(Integral, 1, None, closed="left")],
+    "n_rounds": [Interval(Integral, 1, None, closed="left")],
+    "clients_per_round": [
+        Interval(Integral, 1, None, closed="left"),
+        Interval(Real, 0, 1, closed="right"),
+    ],
+    "local_epochs": [Interval(Integral, 1, None, closed="left")],
+    "learning_rate": [Interval(Real, 0, None, closed="neither")],
+    "batch_size": [Interval(Integral, 1, None, closed="left"), None],
+    "n_negatives": [Interval(Integral, 1, None, closed="left")],
+    "l2": [Interval(Real, 0, None, closed="left"), StrOptions({"auto"})],
+    "min_rating": [Interval(Real, None, None, closed="neither"), None],
+    "early_stopping": ["boolean"],
+    "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+    "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+    "tol": [Interval(Real, 0, None, closed="left")],
+    "warm_start": ["boolean"],
+    "device": [str],
+    "random_state": ["random_state"],
+    "verbose": ["verbose"],
+}
+
+
+class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
+    """Base of all recommenders; see the subclasses."""
+
+    # Class-level metadata requests: with routing enabled, client_ids reaches fit and score
+    # through GridSearchCV and Pipeline without the caller asking for it.
+    __metadata_request__fit: ClassVar[dict[str, bool]] = {"client_ids": True}
+    __metadata_request__partial_fit: ClassVar[dict[str, bool]] = {"client_ids": True}
+    __metadata_request__score: ClassVar[dict[str, bool]] = {
+        "client_ids": True,
+        "sample_weight": True,
+    }
+
+    @abstractmethod
+    def _simulate(self, data: Interactions, watch: RoundWatch, *, go_on: bool) -> Attributes:
+        """Run the federation on coded data and return the fitted attributes.
+
+        Parameters
+        ----------
+        data : Interactions
+        watch : RoundWatch
+            Its methods are to be called before and after every round.
+        go_on : bool
+            Start from the fitted attributes instead of afresh.
+
+        Returns
+        -------
+        dict
+            Attributes by name, ``history_`` among them.
+        """
+
+    @abstractmethod
+    def _score_items(self, users: NDArray[np.int64]) -> NDArray[np.floating[Any]]:
+        """Scores (n, n_items) of all items for user codes (n,); code -1 stands for the crowd."""
+
+    def _score_pairs(
+        self, users: NDArray[np.int64], items: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Scores (n,) of known items for user codes, pair by pair."""
+        distinct, place = np.unique(users, return_inverse=True)
+        out = np.empty(len(users))
+        for start, stop in _batches(len(distinct), len(self.item_ids_)):
+            inside = (place >= start) & (place < stop)
+            scores = self._score_items(distinct[start:stop])
+            out[inside] = scores[place[inside] - start, items[inside]]
+        return out
+
+    def _similarity(self, items: NDArray[np.int64]) -> NDArray[np.floating[Any]]:
+        """Similarity (n, n_items) of all items to item codes (n,): cosine of their vectors."""
+        vectors = self.item_factors_
+        norms = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        unit = vectors / norms
+        similarity: NDArray[np.floating[Any]] = unit[items] @ unit.T
+        return similarity
+
+    def _probability(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Turn scores into probabilities of interaction, keeping their order."""
+        return scores
+
+    # ------------------------------------------------------------------ fitting
+
+    @with_callbacks
+    def fit(self, interactions: Any, client_ids: ArrayLike | None = None) -> Self:
+        """Train on interactions held by clients.
+
+        Parameters
+        ----------
+        interactions : array-like of shape (n, 2..4) or DataFrame
+            One row per observed interaction: ``user, item[, rating[, timestamp]]`` by position,
+            or columns ``user_id, item_id[, rating][, timestamp][, client_id]`` by name.
+        client_ids : array-like of shape (n,), default=None
+            Which client holds each row. None: the ``client_id`` column, else every user is a
+            client of its own.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            If the data are empty, hold NaN or infinity, or put a user under two clients.
+        FloatingPointError
+            If training diverges.
+        """
+        self._validate_params()
+        columns = self._read(interactions)
+        data = encode(columns, client_ids, min_rating=getattr(self, "min_rating", None))
+        go_on = bool(getattr(self, "warm_start", False)) and self.__sklearn_is_fitted__()
+        return self._run(data, columns, go_on=go_on, X=interactions, y=client_ids)
+
+    @with_callbacks
+    def partial_fit(self, interactions: Any, client_ids: ArrayLike | None = None) -> Self:
+        """Go on from the fitted state with new rows, users and items.
+
+        Clients keep the rows they had: training goes on over old and new rows together, for
+        ``n_rounds`` more rounds. The first call is the same as `fit`.
+
+        Parameters
+        ----------
+        interactions, client_ids
+            As in `fit`, the new rows only.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            As in `fit`; also if a known user turns up under another client.
+        """
+        self._validate_params()
+        columns = self._read(interactions)
+        data = encode(columns, client_ids, min_rating=getattr(self, "min_rating", None))
+        go_on = self.__sklearn_is_fitted__()
+        if go_on:
+            data = merge(self._interactions, data)
+        return self._run(data, columns, go_on=go_on, X=interactions, y=client_ids)
+
+    def _read(self, interactions: Any) -> Columns:
+        return read_columns(interactions, estimator=type(self).__name__)
+
+    def _run(self, data: Interactions, columns: Columns, *, go_on: bool, X: Any, y: Any) -> Self:
+        """Simulate with callbacks around it, then assign all fitted attributes at once."""
+        n_rounds = int(getattr(self, "n_rounds", 1))
+        context = self._init_callback_context(max_subtasks=n_rounds)
+        context.call_on_fit_task_begin(estimator=self, X=X, y=y)
+        base: Attributes = {
+            "user_ids_": data.users.ids,
+            "item_ids_": data.items.ids,
+            "client_ids_": data.clients.ids,
+            "n_features_in_": columns.n_columns,
+            **_seen(data),
+        }
+        watch = RoundWatch(self, context, base, n_rounds)
+        old_history = list(self.history_) if go_on else []
+        attributes = base | self._simulate(data, watch, go_on=go_on)
+        attributes["history_"] = old_history + attributes["history_"]
+        attributes["n_rounds_"] = len(attributes["history_"])
+        if columns.feature_names is not None:
+            attributes["feature_names_in_"] = np.array(columns.feature_names, dtype=object)
+        elif hasattr(self, "feature_names_in_"):
+            del self.feature_names_in_
+        for name, value in attributes.items():
+            setattr(self, name, value)
+        self._interactions = data
+        context.call_on_fit_task_end(
+            estimator=self, X=X, y=y, reconstruction_attributes=lambda: attributes
+        )
+        return self
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "item_ids_")
+
+    # --------------------------------------------------------------- predicting
+
+    def predict(self, interactions: Any) -> NDArray[np.float64]:
+        """Probability of interaction for each (user, item) row.
+
+        Parameters
+        ----------
+        interactions : array-like of shape (n, 2..) or DataFrame
+            User and item; further columns are not looked at.
+
+        Returns
+        -------
+        ndarray of shape (n,), float64
+            Unknown users get the crowd's scores, unknown items the lowest known score of their
+            user.
+
+        Warns
+        -----
+        UnknownIdWarning
+            Once, with the number of rows whose user or item is unknown.
+        """
+        check_is_fitted(self)
+        columns = self._read_known(interactions)
+        users, known_user = Vocabulary(self.user_ids_).encode(columns.user)
+        items, known_item = Vocabulary(self.item_ids_).encode(columns.item)
+        _warn_unknown(len(users), int((~known_user).sum()), int((~known_item).sum()))
+        scores = np.empty(len(users))
+        scores[known_item] = self._score_pairs(users[known_item], items[known_item])
+        if not known_item.all():
+            lost, place = np.unique(users[~known_item], return_inverse=True)
+            lowest = np.empty(len(lost))
+            for start, stop in _batches(len(lost), len(self.item_ids_)):
+                lowest[start:stop] = self._score_items(lost[start:stop]).min(axis=1)
+            scores[~known_item] = lowest[place]
+        return self._probability(scores)
+
+    def recommend(
+        self,
+        users: ArrayLike | None = None,
+        k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        candidates: ArrayLike | None = None,
+    ) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        """Rank items for users.
+
+        Parameters
+        ----------
+        users : array-like of shape (n,), default=None
+            User ids; None: all users of `fit`, in the order of ``user_ids_``. Unknown users get
+            the crowd's ranking.
+        k : int, default=10
+            Length of the lists, capped at the number of candidates.
+        exclude_seen : bool, default=True
+            Leave out what a user had in `fit`.
+        candidates : array-like, default=None
+            Item ids to choose from; None: all. Unknown ones are dropped with a warning.
+
+        Returns
+        -------
+        ids : ndarray of shape (n, k)
+            Best first; ties go to the smaller id.
+        scores : ndarray of shape (n, k), float64
+            -inf where a user has fewer than k unseen candidates; such places are filled with
+            seen ones.
+
+        Warns
+        -----
+        UnknownIdWarning
+        """
+        check_is_fitted(self)
+        k = check_k(k)
+        codes = np.arange(len(self.user_ids_))
+        if users is not None:
+            codes, known = Vocabulary(self.user_ids_).encode(np.atleast_1d(users))
+            _warn_unknown(len(codes), int((~known).sum()), 0)
+        columns = self._candidate_codes(candidates)
+        width = min(k, len(columns))
+        ids = np.empty((len(codes), width), dtype=self.item_ids_.dtype)
+        scores = np.empty((len(codes), width))
+        for start, stop in _batches(len(codes), len(self.item_ids_)):
+            batch = codes[start:stop]
+            table = self._score_items(batch)
+            if exclude_seen:
+                rows, seen = self._seen_places(batch)
+                table[rows, seen] = -np.inf
+            if candidates is not None:
+                table = table[:, columns]
+            top = top_k(table, width)
+            ids[start:stop] = self.item_ids_[columns[top]]
+            scores[start:stop] = np.take_along_axis(table, top, axis=1)
+        return ids, scores
+
+    def similar_items(
+        self, items: ArrayLike, k: int = 10
+    ) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        """Find the items most similar to some items.
+
+        Parameters
+        ----------
+        items : array-like of shape (n,)
+            Known item ids.
+        k : int, default=10
+            Capped at the number of other items.
+
+        Returns
+        -------
+        ids : ndarray of shape (n, k)
+            Without the item itself, best first.
+        scores : ndarray of shape (n, k), float64
+            Cosine similarity of the item vectors.
+
+        Raises
+        ------
+        ValueError
+            If an item is unknown; names it.
+        """
+        check_is_fitted(self)
+        k = check_k(k)
+        wanted = np.atleast_1d(np.asarray(items))
+        codes, known = Vocabulary(self.item_ids_).encode(wanted)
+        if not known.all():
+            raise ValueError(
+                f"{int((~known).sum())} of {len(wanted)} items are unknown to fit, the first is "
+                f"{wanted[~known][0]!r}. Ask for ids in item_ids_."
+            )
+        width = min(k, max(len(self.item_ids_) - 1, 0))
+        ids = np.empty((len(codes), width), dtype=self.item_ids_.dtype)
+        scores = np.empty((len(codes), width))
+        for start, stop in _batches(len(codes), len(self.item_ids_)):
+            batch = codes[start:stop]
+            table = self._similarity(batch)
+            table[np.arange(len(batch)), batch] = -np.inf
+            top = top_k(table, width)
+            ids[start:stop] = self.item_ids_[top]
+            scores[start:stop] = np.take_along_axis(table, top, axis=1)
+        return ids, scores
+
+    def score(
+        self,
+        interactions: Any,
+        client_ids: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> float:
+        """Mean NDCG@20 over the users with held-out rows.
+
+        All items are ranked but those the user had in `fit`; those do not count as held out
+        either. A held-out item unknown to `fit` is a miss.
+
+        Parameters
+        ----------
+        interactions : array-like of shape (n, 2..) or DataFrame
+            Held-out rows.
+        client_ids : ignored
+            In the place of scikit-learn's ``y``.
+        sample_weight : array-like of shape (n,), default=None
+            A user weighs the mean of its rows' weights.
+
+        Returns
+        -------
+        float
+            nan, with a warning, if every row was in `fit`: there is nothing to find then.
+        """
+        check_is_fitted(self)
+        self._read_known(interactions)
+        try:
+            return score_ranking(
+                self, interactions, metric="ndcg", k=SCORE_K, sample_weight=sample_weight
+            )
+        except NothingHeldOutError as error:
+            # Training scores of learning_curve and GridSearchCV ask for this; it must not end
+            # the search.
+            warnings.warn(f"The score is nan. {error}", NothingHeldOutWarning, stacklevel=2)
+            return float("nan")
+
+    def _read_known(self, interactions: Any) -> Columns:
+        """Read rows for a fitted estimator: user and item suffice."""
+        shape = getattr(interactions, "shape", None)
+        if shape is not None and len(shape) == 2 and shape[1] == 1:
+            raise ValueError(
+                f"X has 1 features, but {type(self).__name__} is expecting "
+                f"{self.n_features_in_} features as input. The first two, user and item, suffice."
+            )
+        return read_columns(interactions, first_two_suffice=True, estimator=type(self).__name__)
+
+    def _candidate_codes(self, candidates: ArrayLike | None) -> NDArray[np.int64]:
+        if candidates is None:
+            return np.arange(len(self.item_ids_))
+        codes, known = Vocabulary(self.item_ids_).encode(np.atleast_1d(candidates))
+        _warn_unknown(len(codes), 0, int((~known).sum()))
+        if not known.any():
+            raise ValueError(
+                f"None of the {len(codes)} candidates is known to fit. Pass ids in item_ids_."
+            )
+        return np.unique(codes[known])
+
+    def _seen_places(self, users: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (row in the batch, item code) of everything the users had in fit."""
+        known = np.flatnonzero(users >= 0)
+        starts = self.seen_indptr_[users[known]]
+        lengths = self.seen_indptr_[users[known] + 1] - starts
+        ends = np.cumsum(lengths)
+        total = int(ends[-1]) if len(ends) else 0
+        places = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+        return np.repeat(known, lengths), self.seen_indices_[places]
+
+
+class RoundWatch:
+    """Tells callbacks and the terminal about every round.
+
+    Parameters
+    ----------
+    estimator : BaseRecommender
+    context : sklearn.callback.CallbackContext
+        Of the fit.
+    base : dict
+        Fitted attributes that do not depend on the round.
+    n_rounds : int
+    """
+
+    def __init__(
+        self, estimator: BaseRecommender, context: Any, base: Attributes, n_rounds: int
+    ) -> None:
+        self._estimator = estimator
+        self._context = context
+        self._base = base
+        self._n_rounds = n_rounds
+        self._round: Any = None
+        self._history: list[Record] = []
+
+    def begin(self) -> None:
+        """Open a round's task."""
+        self._round = self._context.subcontext(task_name="round")
+        self._round.call_on_fit_task_begin(estimator=self._estimator)
+
+    def end(self, record: Record, attributes: Callable[[], Attributes]) -> bool:
+        """Close the round's task; True if a callback asks to stop."""
+        self._history.append(record)
+        self._print(record)
+        stop = self._round.call_on_fit_task_end(
+            estimator=self._estimator,
+            metadata=None,
+            # Built only where a callback asks for a fitted estimator.
+            reconstruction_attributes=lambda: (
+                self._base
+                | attributes()
+                | {"history_": list(self._history), "n_rounds_": len(self._history)}
+            ),
+        )
+        return bool(stop)
+
+    def _print(self, record: Record) -> None:
+        verbose = int(getattr(self._estimator, "verbose", 0))
+        done = len(self._history)
+        every = 1 if verbose > 1 else max(1, self._n_rounds // 10)
+        if not verbose or (done % every and done not in (1, self._n_rounds)):
+            return
+        parts = [
+            f"[{type(self._estimator).__name__}] round {done}/{self._n_rounds}",
+            f"loss {record['loss']:.4f}",
+        ]
+        if "validation_ndcg" in record:
+            parts.append(f"validation NDCG@{SCORE_K} {record['validation_ndcg']:.4f}")
+        parts.append(f"{record['clients']} clients")
+        parts.append(f"{record['seconds']:.2f} s")
+        print("  ".join(parts), flush=True)
+
+
+def _seen(data: Interactions) -> Attributes:
+    """CSR of the item codes that each user code had in fit."""
+    matrix = data.matrix()
+    return {
+        "seen_indptr_": matrix.indptr.astype(np.int64),
+        "seen_indices_": matrix.indices.astype(np.int64),
+    }
+
+
+def _batches(n_users: int, n_items: int) -> list[tuple[int, int]]:
+    """Cut users so that a batch of full score rows stays within bounds."""
+    size = max(1, SCORES_PER_BATCH // max(n_items, 1))
+    return [(start, min(start + size, n_users)) for start in range(0, n_users, size)]
+
+
+def _warn_unknown(n: int, n_users: int, n_items: int) -> None:
+    if n_users == 0 and n_items == 0:
+        return
+    parts = []
+    if n_users:
+        parts.append(f"{n_users} of {n} users are unknown to fit and get the crowd's scores")
+    if n_items:
+        parts.append(
+            f"{n_items} of {n} items are unknown to fit and get the lowest score or are dropped"
+        )
+    # Level 3: the caller of predict or recommend.
+    warnings.warn("; ".join(parts) + ".", UnknownIdWarning, stacklevel=3)

@@ -1,0 +1,271 @@
+"""Baselines: what a federated method has to beat."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedrecsk.data.interactions import Interactions
+from fedrecsk.engine.local import OptimizerName
+from fedrecsk.engine.traffic import sparse_row_bytes
+from fedrecsk.estimators._base import SHARED_CONSTRAINTS, Attributes, BaseRecommender, RoundWatch
+from fedrecsk.estimators._factors import score_factor_items, score_factor_pairs
+from fedrecsk.estimators._fedfnn import FACTOR_CONSTRAINTS, factor_probability, simulate_fedfnn
+from fedrecsk.estimators._sklearn import Constraints, StrOptions
+
+
+class FedAvgRecommender(BaseRecommender):
+    """Federated averaging of a factor model.
+
+    Sampled clients train on their own interactions; the server adds the average of their changes
+    of the item vectors, weighted by their numbers of interactions, to its item vectors. User
+    vectors stay with the clients. It is FedFNN without prediction, and averaged over all
+    delegates instead of those who touched an item.
+
+    Parameters
+    ----------
+    model : {"mf"}, default="mf"
+        Matrix factorisation.
+    n_factors : int, default=32
+        Length of the user and item vectors.
+    objective : {"bce", "whole-data"}, default="bce"
+        Local objective, see `FedFNNRecommender`.
+    n_rounds : int, default=40
+    clients_per_round : int or float, default=0.2
+        A number, or a share of all clients in (0, 1].
+    local_epochs : int, default=5
+    learning_rate : float, default=0.1
+    batch_size : int or None, default=64
+    n_negatives : int, default=4
+    l2 : float or "auto", default="auto"
+    l2_exponent : float in [0, 1], default=0.75
+    unobserved_weight : float or "auto", default="auto"
+    init_scale : float or "auto", default="auto"
+    optimizer : {"sgd", "momentum", "adam"}, default="sgd"
+    item_bias : bool, default=True
+    server_optimizer : {"sgd", "momentum", "adam"}, default="sgd"
+    server_learning_rate : float or "auto", default="auto"
+    refit : bool, default=True
+    min_rating : float or None, default=None
+    early_stopping : bool, default=False
+    validation_fraction : float in (0, 1), default=0.1
+    n_iter_no_change : int, default=10
+    tol : float, default=1e-4
+    warm_start : bool, default=False
+    device : str, default="auto"
+    random_state : int, RandomState or None, default=None
+    verbose : int, default=0
+        All as in `FedFNNRecommender`.
+
+    Attributes
+    ----------
+    user_factors_, item_factors_, item_bias_, times_sampled_, history_, n_rounds_ :
+        As in `FedFNNRecommender`.
+    user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
+        As in `FedFNNRecommender`.
+
+    References
+    ----------
+    .. [1] B. McMahan et al., "Communication-Efficient Learning of Deep Networks from
+       Decentralized Data", AISTATS 2017.
+
+    Examples
+    --------
+    >>> from fedrecsk import FedAvgRecommender
+    >>> from fedrecsk.datasets import make_interactions
+    >>> X, client_ids = make_interactions(
+    ...     n_users=100, n_items=60, random_state=0, return_X_y=True)
+    >>> model = FedAvgRecommender(n_factors=8, n_rounds=5, random_state=0).fit(X, client_ids)
+    >>> model.predict(X[:2]).shape
+    (2,)
+    """
+
+    _parameter_constraints: ClassVar[Constraints] = {
+        **FACTOR_CONSTRAINTS,
+        "model": [StrOptions({"mf"})],
+    }
+
+    def __init__(
+        self,
+        model: Literal["mf"] = "mf",
+        *,
+        n_factors: int = 32,
+        objective: Literal["whole-data", "bce"] = "bce",
+        n_rounds: int = 40,
+        clients_per_round: int | float = 0.2,
+        local_epochs: int = 5,
+        learning_rate: float = 0.1,
+        batch_size: int | None = 64,
+        n_negatives: int = 4,
+        l2: float | Literal["auto"] = "auto",
+        l2_exponent: float = 0.75,
+        unobserved_weight: float | Literal["auto"] = "auto",
+        init_scale: float | Literal["auto"] = "auto",
+        optimizer: OptimizerName = "sgd",
+        item_bias: bool = True,
+        server_optimizer: OptimizerName = "sgd",
+        server_learning_rate: float | Literal["auto"] = "auto",
+        refit: bool = True,
+        min_rating: float | None = None,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 10,
+        tol: float = 1e-4,
+        warm_start: bool = False,
+        device: str = "auto",
+        random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.model = model
+        self.n_factors = n_factors
+        self.objective = objective
+        self.n_rounds = n_rounds
+        self.clients_per_round = clients_per_round
+        self.local_epochs = local_epochs
+        self.learning_rate = learning_rate
+        self.batch_size = batch_size
+        self.n_negatives = n_negatives
+        self.l2 = l2
+        self.l2_exponent = l2_exponent
+        self.unobserved_weight = unobserved_weight
+        self.init_scale = init_scale
+        self.optimizer = optimizer
+        self.item_bias = item_bias
+        self.server_optimizer = server_optimizer
+        self.server_learning_rate = server_learning_rate
+        self.refit = refit
+        self.min_rating = min_rating
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.tol = tol
+        self.warm_start = warm_start
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def _simulate(self, data: Interactions, watch: RoundWatch, *, go_on: bool) -> Attributes:
+        return simulate_fedfnn(
+            data,
+            watch,
+            previous=dict(vars(self)) if go_on else None,
+            n_factors=self.n_factors,
+            objective=self.objective,
+            n_rounds=self.n_rounds,
+            clients_per_round=self.clients_per_round,
+            local_epochs=self.local_epochs,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            n_negatives=self.n_negatives,
+            l2=self.l2,
+            l2_exponent=self.l2_exponent,
+            unobserved_weight=self.unobserved_weight,
+            init_scale=self.init_scale,
+            optimizer=self.optimizer,
+            item_weighting="fedavg",
+            item_bias=self.item_bias,
+            server_optimizer=self.server_optimizer,
+            server_learning_rate=self.server_learning_rate,
+            predictor=None,
+            discount=0.0,
+            discount_decay=1.0,
+            n_clusters=1,
+            cv=2,
+            patience=1,
+            gate=True,
+            refit=self.refit,
+            early_stopping=self.early_stopping,
+            validation_fraction=self.validation_fraction,
+            n_iter_no_change=self.n_iter_no_change,
+            tol=self.tol,
+            device=self.device,
+            random_state=self.random_state,
+        )
+
+    def _score_items(self, users: NDArray[np.int64]) -> NDArray[np.float32]:
+        return score_factor_items(self, users)
+
+    def _score_pairs(
+        self, users: NDArray[np.int64], items: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        return score_factor_pairs(self, users, items)
+
+    def _probability(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        return factor_probability(scores, self.objective)
+
+
+class PopularityRecommender(BaseRecommender):
+    """Recommend to everybody what most users had: one round of counting.
+
+    Parameters
+    ----------
+    min_rating : float or None, default=None
+        Drop weaker rows first.
+    verbose : int, default=0
+        1 prints a line.
+
+    Attributes
+    ----------
+    item_counts_ : ndarray of shape (n_items,)
+        Users of each item.
+    user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
+        As in `FedFNNRecommender`.
+    history_ : list of dict
+        A single round. Its loss is the binary cross-entropy of the shares of users.
+    n_rounds_ : int
+
+    Examples
+    --------
+    >>> from fedrecsk import PopularityRecommender
+    >>> model = PopularityRecommender().fit([[1, "a"], [2, "a"], [2, "b"], [3, "c"]])
+    >>> model.predict([[1, "a"], [1, "b"]]).round(2)
+    array([0.67, 0.33])
+    >>> model.recommend([1], k=1)[0]
+    array([['b']], dtype='<U1')
+    """
+
+    _parameter_constraints: ClassVar[Constraints] = {
+        "min_rating": SHARED_CONSTRAINTS["min_rating"],
+        "verbose": SHARED_CONSTRAINTS["verbose"],
+    }
+
+    def __init__(self, *, min_rating: float | None = None, verbose: int = 0) -> None:
+        self.min_rating = min_rating
+        self.verbose = verbose
+
+    def _simulate(self, data: Interactions, watch: RoundWatch, *, go_on: bool) -> Attributes:
+        # Counts over all rows that clients hold: partial_fit passes old and new rows together.
+        watch.begin()
+        start = time.perf_counter()
+        counts = data.item_counts.astype(np.int64)
+        share = counts / data.n_users
+        with np.errstate(divide="ignore", invalid="ignore"):
+            entropy = -(share * np.log(share) + (1 - share) * np.log1p(-share))
+        attributes: Attributes = {"item_counts_": counts}
+        record = {
+            "round": int(getattr(self, "n_rounds_", 0)) + 1 if go_on else 1,
+            "loss": float(np.nan_to_num(entropy).mean()),
+            "clients": data.n_clients,
+            "bytes_down": 0,
+            "bytes_up": sparse_row_bytes(len(data), 1),
+            "seconds": time.perf_counter() - start,
+        }
+        watch.end(record, lambda: attributes)
+        return {**attributes, "history_": [record]}
+
+    def _score_items(self, users: NDArray[np.int64]) -> NDArray[np.float64]:
+        share = self.item_counts_ / len(self.user_ids_)
+        return np.tile(share, (len(users), 1))
+
+    def _score_pairs(
+        self, users: NDArray[np.int64], items: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        scores: NDArray[np.float64] = self.item_counts_[items] / len(self.user_ids_)
+        return scores
+
+    def _similarity(self, items: NDArray[np.int64]) -> NDArray[np.floating[Any]]:
+        """Popularity knows no likeness: every item's neighbours are the most popular ones."""
+        return self._score_items(items)

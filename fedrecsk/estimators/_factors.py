@@ -1,0 +1,281 @@
+"""Run the rounds of a factor model and turn its state into fitted attributes.
+
+Shared by every estimator whose model is user vectors times item vectors: each brings its own
+round as a function, the rest is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedrecsk.data.interactions import Interactions
+from fedrecsk.data.vocabulary import Vocabulary
+from fedrecsk.engine.local import Optimizer
+from fedrecsk.engine.rounds import EarlyStopping, Record, run_rounds
+from fedrecsk.engine.sampling import cohort_size
+from fedrecsk.engine.shards import ClientShards
+from fedrecsk.engine.streams import Streams
+from fedrecsk.estimators._base import SCORE_K, Attributes, RoundWatch
+from fedrecsk.methods.fedfnn import FactorState, Logs, random_factors
+from fedrecsk.metrics.ranking import hits_of, ndcg_from_hits, top_k
+
+# Early stopping ranks at most this many users a round.
+MAX_VALIDATION_USERS = 2_000
+
+Step = Callable[[FactorState, ClientShards, int], tuple[FactorState, Logs]]
+Refit = Callable[[FactorState, ClientShards, NDArray[np.int64]], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """Rows held out of training to watch the ranking.
+
+    Attributes
+    ----------
+    users : ndarray of shape (m,)
+        User codes with held-out rows.
+    truth : csr_array of shape (m, n_items)
+    seen_rows, seen_items : ndarray
+        Training rows of these users, as places in an (m, n_items) table.
+    """
+
+    users: NDArray[np.int64]
+    truth: Any
+    seen_rows: NDArray[np.int64]
+    seen_items: NDArray[np.int64]
+
+    def ndcg(self, users: Tensor, table: Tensor, n_factors: int) -> float:
+        """Mean NDCG@20 of the validation users for user vectors and an item table."""
+        chosen = torch.from_numpy(self.users).to(users.device)
+        scores = users[chosen] @ table[:, :n_factors].T
+        if table.shape[1] > n_factors:
+            scores = scores + table[:, n_factors]
+        array = scores.cpu().numpy()
+        array[self.seen_rows, self.seen_items] = -np.inf
+        k = min(SCORE_K, array.shape[1])
+        hits = hits_of(top_k(array, k), self.truth)
+        return float(ndcg_from_hits(hits, np.diff(self.truth.indptr), k).mean())
+
+
+def hold_out(
+    data: Interactions, fraction: float, streams: Streams
+) -> tuple[NDArray[np.bool_], Validation]:
+    """Set aside a random share of every user's rows; users keep at least one for training.
+
+    Returns
+    -------
+    train : ndarray of shape (n,), bool
+    validation : Validation
+    """
+    rng = streams.numpy("validation")
+    order = np.lexsort((rng.random(len(data)), data.user))
+    counts = data.user_counts
+    starts = np.cumsum(counts) - counts
+    rank = np.empty(len(data), dtype=np.int64)
+    rank[order] = np.arange(len(data)) - starts[data.user[order]]
+    share = np.minimum(np.ceil(fraction * counts), counts - 1)
+    held = rank < share[data.user]
+    users = np.unique(data.user[held])
+    if len(users) == 0:
+        raise ValueError(
+            "early_stopping=True needs users with at least two interactions to hold some out; "
+            "every user here has one. Set early_stopping=False."
+        )
+    if len(users) > MAX_VALIDATION_USERS:
+        users = np.sort(rng.choice(users, MAX_VALIDATION_USERS, replace=False))
+    seen = data.matrix()
+    table = seen[users]
+    mask = np.zeros(data.n_users, dtype=bool)
+    mask[users] = True
+    truth = type(seen)(
+        (np.ones(int(held.sum()), dtype=bool), (data.user[held], data.item[held])),
+        shape=seen.shape,
+    )[users]
+    # Seen are the users' rows without the held-out ones.
+    kept = (table - truth.astype(np.float32)).tocsr()
+    kept.eliminate_zeros()
+    rows, items = (axis.astype(np.int64) for axis in kept.nonzero())
+    return ~held, Validation(users=users, truth=truth, seen_rows=rows, seen_items=items)
+
+
+def fit_factors(
+    data: Interactions,
+    watch: RoundWatch,
+    *,
+    step: Step,
+    refit: Refit | None,
+    n_factors: int,
+    item_bias: bool,
+    init_scale: float,
+    server_optimizer: Optimizer,
+    n_rounds: int,
+    validation: Validation | None,
+    shards: ClientShards,
+    n_iter_no_change: int,
+    tol: float,
+    streams: Streams,
+    previous: Attributes | None,
+) -> Attributes:
+    """Run rounds of `step` from random or previous factors.
+
+    Parameters
+    ----------
+    data : Interactions
+    watch : RoundWatch
+    step : callable
+        ``step(state, shards, t) -> (state, logs)``.
+    refit : callable or None
+        ``refit(state, shards, clients) -> user vectors``: what users do on their own devices
+        before inference.
+    n_factors, item_bias, init_scale, server_optimizer
+        Of the start, see `fedrecsk.methods.fedfnn`.
+    n_rounds : int
+    validation : Validation or None
+        With early stopping.
+    shards : ClientShards
+        The training rows.
+    n_iter_no_change, tol
+        Of early stopping.
+    streams : Streams
+    previous : dict or None
+        Fitted attributes to go on from.
+
+    Returns
+    -------
+    dict
+        ``user_factors_, item_factors_, item_bias_, history_`` and diagnostics.
+    """
+    users, table = random_factors(
+        data.n_users,
+        data.n_items,
+        n_factors,
+        item_bias=item_bias,
+        init_scale=init_scale,
+        streams=streams,
+        device=shards.device,
+    )
+    first_round = 0
+    if previous is not None:
+        users, table = _take_over(users, table, data, previous)
+        first_round = int(previous["n_rounds_"])
+    state = FactorState.start(users, table, server_optimizer, first_round=first_round)
+    everybody = np.arange(shards.n_clients)
+
+    def attributes(state: FactorState) -> Attributes:
+        users = state.user_factors if refit is None else refit(state, shards, everybody)
+        return _fitted(users, state, n_factors)
+
+    stopping = None
+    if validation is not None:
+        holders = np.unique(data.user_client[validation.users])
+
+        def evaluate(state: FactorState) -> float:
+            users = state.user_factors if refit is None else refit(state, shards, holders)
+            return validation.ndcg(users, state.item_table, n_factors)
+
+        stopping = EarlyStopping(evaluate=evaluate, n_iter_no_change=n_iter_no_change, tol=tol)
+
+    def round_ended(state: FactorState, record: Record) -> bool:
+        return watch.end(record, lambda: attributes(state))
+
+    result = run_rounds(
+        lambda state, t: step(state, shards, t),
+        state,
+        n_rounds=n_rounds,
+        first_round=first_round,
+        early_stopping=stopping,
+        on_round_begin=watch.begin,
+        on_round_end=round_ended,
+    )
+    fitted = attributes(result.state)
+    for name in ("user_factors_", "item_factors_"):
+        if not np.isfinite(fitted[name]).all():
+            raise FloatingPointError(
+                f"Training diverged: {name} is not finite after round {result.history[-1]['round']}"
+                ". Lower learning_rate or server_learning_rate, or raise l2."
+            )
+    return {**fitted, "history_": result.history}
+
+
+def make_shards(
+    data: Interactions, rows: NDArray[np.bool_] | slice, device: torch.device
+) -> ClientShards:
+    """Put (some rows of) coded data on the device."""
+    return ClientShards.from_codes(
+        data.user[rows], data.item[rows], data.user_client, data.n_clients, data.n_items, device
+    )
+
+
+def n_sampled(clients_per_round: int | float, data: Interactions) -> int:
+    """Clients of a round, see `cohort_size`."""
+    return cohort_size(clients_per_round, data.n_clients)
+
+
+def _take_over(
+    users: Tensor, table: Tensor, data: Interactions, previous: Attributes
+) -> tuple[Tensor, Tensor]:
+    """Put previous factors in the places of known ids; new ids keep their random start."""
+    old_items = previous["item_factors_"]
+    if table.shape[1] > old_items.shape[1]:
+        old_items = np.column_stack([old_items, previous["item_bias_"]])
+    for new, old, ids, old_ids in (
+        (users, previous["user_factors_"], data.users.ids, previous["user_ids_"]),
+        (table, old_items, data.items.ids, previous["item_ids_"]),
+    ):
+        if new.shape[1] != old.shape[1]:
+            raise ValueError(
+                f"Cannot go on from {old.shape[1]} columns with {new.shape[1]}: n_factors or "
+                "item_bias changed since the last fit. Fit anew with warm_start=False."
+            )
+        codes, known = Vocabulary(old_ids).encode(ids)
+        new[torch.from_numpy(known)] = torch.from_numpy(old[codes[known]]).to(new)
+    return users, table
+
+
+def _fitted(users: Tensor, state: FactorState, n_factors: int) -> Attributes:
+    table = state.item_table.cpu().numpy()
+    bias = table[:, n_factors] if table.shape[1] > n_factors else np.zeros(len(table), table.dtype)
+    return {
+        "user_factors_": users.cpu().numpy(),
+        "item_factors_": np.ascontiguousarray(table[:, :n_factors]),
+        "item_bias_": np.ascontiguousarray(bias),
+        "times_sampled_": state.times_sampled.cpu().numpy().astype(np.int64),
+    }
+
+
+def score_factor_items(estimator: Any, users: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Scores (n, n_items) of all items; -1 is scored with the mean user vector."""
+    vectors = _vectors(estimator, users)
+    scores: NDArray[np.float32] = vectors @ estimator.item_factors_.T
+    scores += estimator.item_bias_
+    return scores
+
+
+def score_factor_pairs(
+    estimator: Any, users: NDArray[np.int64], items: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Scores (n,) pair by pair, in double precision: the same whatever else is in the batch."""
+    vectors = _vectors(estimator, users).astype(np.float64)
+    factors = estimator.item_factors_[items].astype(np.float64)
+    scores: NDArray[np.float64] = np.einsum("nd,nd->n", vectors, factors)
+    scores += estimator.item_bias_[items]
+    return scores
+
+
+def _vectors(estimator: Any, users: NDArray[np.int64]) -> NDArray[np.float32]:
+    vectors: NDArray[np.float32] = estimator.user_factors_[users]
+    if (users < 0).any():
+        vectors[users < 0] = estimator.user_factors_.mean(axis=0)
+    return vectors
+
+
+def logistic(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Logistic function, stable for large arguments."""
+    return 0.5 * (1.0 + np.tanh(0.5 * scores))

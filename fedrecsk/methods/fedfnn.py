@@ -1,0 +1,489 @@
+"""FedFNN: predict the updates of the users that were not sampled.
+
+Fabbri, Liu, McKenzie, Twardowski, Wijaya. "FedFNN: Faster Training Convergence Through Update
+Predictions in Federated Recommender Systems", 2023, arXiv:2309.08635. FedFast, whose weighting
+and clustering are arguments here: Muhammad et al., KDD 2020.
+
+    for each round t:
+        S        <- sample clients; their users are the delegates, all others subordinates
+        u_k, v_k <- local training of every delegate from (u_k, V)
+        V        <- V + weighted mean over the delegates that touched a row of (v_k - V)
+        f        <- meta-network fitted to (u_k before training -> change of u_k), k in S
+        u_s      <- u_s + discount * decay^t * confidence_s * f(u_s)   for every subordinate s
+        stop predicting for good when the loss has not improved for `patience` rounds
+
+Special cases are arguments: ``predictor=None, item_weighting="fedavg"`` is FedAvg, which divides
+by all delegates instead of by those that touched the row.
+
+Where we deviate (only the abstract and summaries of the paper could be read):
+
+- The literal method washes out what a user has learned: whoever took part once has a personal
+  vector, and predictions know only the crowd. `gate` weights each prediction by the predictor's
+  cross-validated R2 and by 1 / (1 + times the user took part).
+- ``objective="whole-data"`` replaces sampled negatives by exact client solves and a quasi-Newton
+  server step (`fedrecsk.models.whole_data`). Delegates' vectors are then optimal for the current
+  table, the item update needs nothing of the subordinates, and predicted vectors are the
+  server's guess for users it has not heard of.
+- `refit`: every user may fit its own vector to its own data before inference, on its own device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedrecsk.engine.local import Moments, Optimizer, apply_gradients, init_moments
+from fedrecsk.engine.mixing import scatter_sum, weighted_mean
+from fedrecsk.engine.sampling import uniform_cohort
+from fedrecsk.engine.shards import ClientShards, Cohort
+from fedrecsk.engine.streams import Streams
+from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
+from fedrecsk.methods.meta_network import PredictorName, predict_updates
+from fedrecsk.models import sampled_bce, whole_data
+
+ItemWeighting = Literal["count", "magnitude", "interactions", "fedavg"]
+Logs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PredictionWatch:
+    """Patience: whether prediction still goes on.
+
+    Attributes
+    ----------
+    active : bool
+    best_loss : float
+    waited : int
+        Rounds since the loss was best.
+    """
+
+    active: bool = True
+    best_loss: float = float("inf")
+    waited: int = 0
+
+    def after(self, loss: float, patience: int) -> PredictionWatch:
+        """Return the watch after a round with this loss."""
+        if loss < self.best_loss:
+            return replace(self, best_loss=loss, waited=0)
+        waited = self.waited + 1
+        return replace(self, waited=waited, active=self.active and waited < patience)
+
+
+@dataclass(frozen=True, eq=False)
+class FactorState:
+    """The state of a federated factor model between rounds.
+
+    Attributes
+    ----------
+    user_factors : Tensor of shape (n_users, d)
+        The server's copy of the users' vectors.
+    item_table : Tensor of shape (n_items, d) or (n_items, d + 1)
+        With the item bias as the last column where there is one.
+    times_sampled : Tensor of shape (n_users,)
+        Rounds in which each user took part.
+    moments : Moments
+        Of the server optimiser.
+    statistics : ServerStatistics
+        Of the whole-data server step.
+    watch : PredictionWatch
+    first_round : int
+        Number of the fit's first round; schedules count from there.
+    """
+
+    user_factors: Tensor
+    item_table: Tensor
+    times_sampled: Tensor
+    moments: Moments
+    statistics: whole_data.ServerStatistics
+    watch: PredictionWatch
+    first_round: int
+
+    @classmethod
+    def start(
+        cls,
+        user_factors: Tensor,
+        item_table: Tensor,
+        server_optimizer: Optimizer,
+        *,
+        first_round: int = 0,
+    ) -> FactorState:
+        """Return the state before the first round for given arrays."""
+        n_items, n_factors = len(item_table), user_factors.shape[1]
+        return cls(
+            user_factors=user_factors,
+            item_table=item_table,
+            times_sampled=torch.zeros(len(user_factors), device=user_factors.device),
+            moments=init_moments({"item": item_table}, server_optimizer),
+            statistics=whole_data.ServerStatistics.zero(n_items, n_factors, item_table.device),
+            watch=PredictionWatch(),
+            first_round=first_round,
+        )
+
+
+def random_factors(
+    n_users: int,
+    n_items: int,
+    n_factors: int,
+    *,
+    item_bias: bool,
+    init_scale: float,
+    streams: Streams,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Draw the start: normal vectors of standard deviation `init_scale`, bias zero.
+
+    Returns
+    -------
+    user_factors : Tensor of shape (n_users, n_factors)
+    item_table : Tensor of shape (n_items, n_factors + item_bias)
+    """
+    users = torch.randn(n_users, n_factors, generator=streams.torch("user_factors"))
+    items = torch.randn(n_items, n_factors, generator=streams.torch("item_factors"))
+    table = init_scale * items
+    if item_bias:
+        table = torch.cat([table, torch.zeros(n_items, 1)], dim=1)
+    return (init_scale * users).to(device), table.to(device)
+
+
+def bce_step(
+    state: FactorState,
+    shards: ClientShards,
+    t: int,
+    *,
+    streams: Streams,
+    n_sampled: int,
+    item_weighting: ItemWeighting,
+    item_bias: bool,
+    n_negatives: int,
+    batch_size: int | None,
+    local_epochs: int,
+    optimizer: Optimizer,
+    l2: float,
+    server_optimizer: Optimizer,
+    predictor: PredictorName | None,
+    discount: float,
+    discount_decay: float,
+    cv: int,
+    patience: int,
+    gate: bool,
+    n_clusters: int,
+) -> tuple[FactorState, Logs]:
+    """One round with sampled-negative binary cross-entropy on the clients.
+
+    Parameters
+    ----------
+    state : FactorState
+        Not changed.
+    shards : ClientShards
+    t : int
+        Number of the round, counted on where a fit goes on; it keys all random draws.
+    streams : Streams
+    n_sampled : int
+        Clients that take part.
+    item_weighting : {"count", "magnitude", "interactions", "fedavg"}
+        Weight of a client's row in the mean of those that touched it: 1, the L1 norm of its
+        change, or the client's interactions. ``"fedavg"``: weights n_k / n_S over all delegates.
+    item_bias, n_negatives, batch_size, local_epochs, optimizer, l2
+        See `fedrecsk.models.sampled_bce.train`.
+    server_optimizer : Optimizer
+        Takes the aggregated change as a negative gradient; plain SGD at rate 1 adds it.
+    predictor, cv, gate, n_clusters
+        See `fedrecsk.methods.meta_network.predict_updates`.
+    discount, discount_decay : float
+        Predictions in the fit's round t are multiplied by ``discount * discount_decay**t``.
+    patience : int
+        Rounds without a lower loss after which prediction ends for good.
+
+    Returns
+    -------
+    state : FactorState
+    logs : dict
+    """
+    table = state.item_table
+    delegates = uniform_cohort(shards.n_clients, n_sampled, streams.numpy("sampling", t))
+    key = streams.key("examples", t)
+    client_rows = shards.client_rows
+    total_rows = float(max(client_rows[delegates].sum(), 1))
+    numerator, denominator = torch.zeros_like(table), table.new_zeros(len(table), 1)
+    user_factors = state.user_factors.clone()
+    losses, n_examples, n_private = table.new_zeros(()), table.new_zeros(()), 0
+    for cohort in shards.chunks(delegates, rows_per_interaction=1 + n_negatives):
+        result = sampled_bce.train(
+            cohort,
+            state.user_factors[cohort.users],
+            table,
+            item_bias=item_bias,
+            n_negatives=n_negatives,
+            batch_size=batch_size,
+            local_epochs=local_epochs,
+            optimizer=optimizer,
+            l2=l2,
+            key=key,
+        )
+        weight = _row_weights(result, item_weighting, cohort, client_rows, total_rows)
+        numerator += scatter_sum(result.row_delta, result.row_items, len(table), weight)
+        denominator += scatter_sum(weight[:, None], result.row_items, len(table))
+        user_factors[cohort.users] = result.user_vectors
+        losses += result.losses.sum()
+        n_examples += result.n_examples.sum()
+        n_private += len(result.row_items)
+    mean = numerator if item_weighting == "fedavg" else weighted_mean(numerator, denominator[:, 0])
+    moved, moments = apply_gradients(
+        {"item": table}, {"item": -mean}, state.moments, denominator[:, 0] > 0, server_optimizer
+    )
+    loss = float(losses / n_examples.clamp_min(1))
+    trained = replace(state, user_factors=user_factors, item_table=moved["item"], moments=moments)
+    new, logs = _after_training(
+        state,
+        trained,
+        shards,
+        delegates,
+        t,
+        loss=loss,
+        streams=streams,
+        predictor=predictor,
+        discount=discount,
+        discount_decay=discount_decay,
+        cv=cv,
+        patience=patience,
+        gate=gate,
+        n_clusters=n_clusters,
+    )
+    traffic = {
+        "bytes_down": len(delegates) * dense_bytes(tuple(table.shape)),
+        "bytes_up": sparse_row_bytes(n_private, table.shape[1]),
+    }
+    return new, {**logs, **traffic}
+
+
+def whole_data_step(
+    state: FactorState,
+    shards: ClientShards,
+    t: int,
+    *,
+    streams: Streams,
+    n_sampled: int,
+    unobserved_weight: float,
+    penalty: whole_data.Penalty,
+    server_learning_rate: float | None,
+    decay: float,
+    predictor: PredictorName | None,
+    discount: float,
+    discount_decay: float,
+    cv: int,
+    patience: int,
+    gate: bool,
+    n_clusters: int,
+) -> tuple[FactorState, Logs]:
+    """One round with exact client solves and a quasi-Newton server step.
+
+    Parameters
+    ----------
+    state, shards, t, streams, n_sampled
+        As in `bce_step`.
+    unobserved_weight, penalty, decay
+        See `fedrecsk.models.whole_data`.
+    server_learning_rate : float or None
+        η; None follows from the participation, `whole_data.default_rate`.
+    predictor, discount, discount_decay, cv, patience, gate, n_clusters
+        As in `bce_step`.
+
+    Returns
+    -------
+    state : FactorState
+    logs : dict
+    """
+    items = state.item_table
+    delegates = uniform_cohort(shards.n_clients, n_sampled, streams.numpy("sampling", t))
+    gram = items.T @ items
+    mean_user_rows = len(shards.items) / shards.n_users
+    user_factors = state.user_factors.clone()
+    total = whole_data.Sums.zero(shards.n_items, items.shape[1], items.device)
+    for cohort in shards.user_chunks(delegates):
+        users = whole_data.solve_users(
+            cohort,
+            items,
+            gram,
+            unobserved_weight=unobserved_weight,
+            penalty=penalty,
+            mean_rows=mean_user_rows,
+        )
+        user_factors[cohort.users] = users
+        total += whole_data.user_sums(
+            cohort, users, items, gram, unobserved_weight=unobserved_weight
+        )
+    rate = server_learning_rate
+    if rate is None:
+        rate = whole_data.default_rate(total.n_users / shards.n_users, t - state.first_round)
+    moved, statistics = whole_data.server_step(
+        items,
+        state.statistics,
+        total,
+        n_users=shards.n_users,
+        unobserved_weight=unobserved_weight,
+        penalty=penalty,
+        mean_rows=len(shards.items) / shards.n_items,
+        rate=rate,
+        decay=decay,
+    )
+    trained = replace(state, user_factors=user_factors, item_table=moved, statistics=statistics)
+    new, logs = _after_training(
+        state,
+        trained,
+        shards,
+        delegates,
+        t,
+        loss=float(total.loss) / max(total.n_rows, 1),
+        streams=streams,
+        predictor=predictor,
+        discount=discount,
+        discount_decay=discount_decay,
+        cv=cv,
+        patience=patience,
+        gate=gate,
+        n_clusters=n_clusters,
+    )
+    d = items.shape[1]
+    traffic = {
+        "bytes_down": len(delegates) * dense_bytes(tuple(items.shape), (d, d)),
+        # A row carries the pull on the item, its count and its curvature.
+        "bytes_up": sparse_row_bytes(total.n_rows, d + 2) + len(delegates) * dense_bytes((d, d)),
+    }
+    return new, {**logs, **traffic}
+
+
+def _row_weights(
+    result: sampled_bce.LocalResult,
+    item_weighting: ItemWeighting,
+    cohort: Cohort,
+    client_rows: NDArray[np.int64],
+    total_rows: float,
+) -> Tensor:
+    """Weight (K,) of every private row in the aggregation; zero for padding."""
+    valid = result.row_valid.to(result.row_delta.dtype)
+    if item_weighting == "count":
+        return valid
+    if item_weighting == "magnitude":
+        return valid * result.row_delta.abs().sum(1)
+    rows = torch.from_numpy(client_rows[cohort.clients]).to(valid)
+    weight = valid * rows[result.row_clients]
+    return weight / total_rows if item_weighting == "fedavg" else weight
+
+
+def _after_training(
+    before: FactorState,
+    trained: FactorState,
+    shards: ClientShards,
+    delegates: NDArray[np.int64],
+    t: int,
+    *,
+    loss: float,
+    streams: Streams,
+    predictor: PredictorName | None,
+    discount: float,
+    discount_decay: float,
+    cv: int,
+    patience: int,
+    gate: bool,
+    n_clusters: int,
+) -> tuple[FactorState, Logs]:
+    """Count who took part, predict the subordinates' updates, and write the log."""
+    users = torch.from_numpy(shards.users_of(delegates)).to(before.user_factors.device)
+    times_sampled = before.times_sampled.clone()
+    times_sampled[users] += 1
+    new = replace(trained, times_sampled=times_sampled)
+    logs: Logs = {"loss": loss, "clients": len(delegates)}
+    if predictor is None:
+        return new, logs
+    watch = before.watch.after(loss, patience)
+    new = replace(new, watch=watch)
+    logs["prediction_active"] = watch.active
+    if not watch.active:
+        return new, logs
+
+    is_delegate = torch.zeros(shards.n_users, dtype=torch.bool, device=users.device)
+    is_delegate[users] = True
+    others = torch.nonzero(~is_delegate)[:, 0]
+    start = before.user_factors
+    prediction = predict_updates(
+        predictor,
+        start[users],
+        trained.user_factors[users] - start[users],
+        start[others],
+        cv=cv,
+        gate=gate,
+        n_clusters=n_clusters,
+        seed=streams.key("meta_network", t) % (2**32),
+    )
+    logs["predictor_r2"] = prediction.r2
+    logs["predictor_cosine"] = prediction.cosine
+    logs["predictor_candidate"] = prediction.candidate
+    logs["predicted_share"] = 0.0
+    if prediction.deltas is None:
+        return new, logs
+    factor = discount * discount_decay ** (t - before.first_round)
+    scale = start.new_full((len(others),), factor)
+    if gate:
+        scale *= min(prediction.r2, 1.0) / (1.0 + before.times_sampled[others])
+    user_factors = new.user_factors.clone()
+    user_factors[others] = start[others] + scale[:, None] * prediction.deltas
+    logs["predicted_share"] = len(others) / shards.n_users
+    return replace(new, user_factors=user_factors), logs
+
+
+def refit_whole_data(
+    state: FactorState,
+    shards: ClientShards,
+    clients: NDArray[np.int64],
+    *,
+    unobserved_weight: float,
+    penalty: whole_data.Penalty,
+    mean_rows: float,
+) -> Tensor:
+    """Return user vectors (n_users, d) with those of `clients` solved against the final table."""
+    items = state.item_table
+    gram = items.T @ items
+    users = state.user_factors.clone()
+    for cohort in shards.user_chunks(clients):
+        users[cohort.users] = whole_data.solve_users(
+            cohort,
+            items,
+            gram,
+            unobserved_weight=unobserved_weight,
+            penalty=penalty,
+            mean_rows=mean_rows,
+        )
+    return users
+
+
+def refit_bce(
+    state: FactorState,
+    shards: ClientShards,
+    clients: NDArray[np.int64],
+    *,
+    item_bias: bool,
+    n_negatives: int,
+    n_steps: int,
+    l2: float,
+    streams: Streams,
+) -> Tensor:
+    """Return user vectors (n_users, d) with those of `clients` fitted to the final table."""
+    users = state.user_factors.clone()
+    key = streams.key("refit")
+    for cohort in shards.user_chunks(clients, rows_per_interaction=1 + n_negatives):
+        users[cohort.users] = sampled_bce.refit_users(
+            cohort,
+            users[cohort.users],
+            state.item_table,
+            item_bias=item_bias,
+            n_negatives=n_negatives,
+            n_steps=n_steps,
+            l2=l2,
+            key=key,
+        )
+    return users

@@ -1,0 +1,219 @@
+"""Meta-networks: predict a user's update from its vector, and say how far to trust the answer.
+
+Every kind of predictor is one function ``fit(x, y, weight, query, strength)`` over a stack of S
+problems that share their data and differ in the weights of the examples and in a strength of
+regularisation. Cross-validation is then a single call: folds x candidates make the stack.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from fedrecsk.engine.local import Optimizer, local_train
+
+PredictorName = Literal["mlp", "linear", "mean", "cluster"]
+
+# Candidates of each kind, by strength of regularisation: weight decay of the network, ridge of
+# the linear map (per example, inputs standardised), number of clusters.
+CANDIDATES: dict[str, tuple[float, ...]] = {
+    "mlp": (1e-4, 1e-2, 1e-1),
+    "linear": (1e-3, 1e-1, 10.0),
+    "mean": (0.0,),
+    "cluster": (10.0,),
+}
+HIDDEN_UNITS = 32
+TRAINING_STEPS = 60
+# Below this there are too few delegates to fit anything and to check it.
+MIN_DELEGATES = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Predicted updates, or the reason why there are none.
+
+    Attributes
+    ----------
+    deltas : Tensor of shape (n_query, d) or None
+        None where nothing should be predicted.
+    r2 : float
+        Cross-validated share of the delegates' squared update that the chosen candidate
+        explains, against predicting zero. nan where it was not measured.
+    cosine : float
+        Mean cosine between predicted and true held-out updates; nan likewise.
+    candidate : str
+        ``"mlp(0.01)"`` and the like, or ``"none: reason"``.
+    """
+
+    deltas: Tensor | None
+    r2: float
+    cosine: float
+    candidate: str
+
+
+def predict_updates(
+    kind: PredictorName,
+    before: Tensor,
+    deltas: Tensor,
+    query: Tensor,
+    *,
+    cv: int,
+    gate: bool,
+    n_clusters: int,
+    seed: int,
+) -> Prediction:
+    """Learn (vector before training -> update) from the delegates and apply it to others.
+
+    Parameters
+    ----------
+    kind : {"mlp", "linear", "mean", "cluster"}
+    before : Tensor of shape (n, d)
+        Delegates' vectors before local training.
+    deltas : Tensor of shape (n, d)
+        Their updates.
+    query : Tensor of shape (m, d)
+        Vectors of the users to predict for.
+    cv : int
+        Folds over the delegates; they choose the candidate.
+    gate : bool
+        Predict nothing unless the best candidate beats predicting zero on held-out delegates.
+    n_clusters : int
+        Of ``kind="cluster"``.
+    seed : int
+
+    Returns
+    -------
+    Prediction
+    """
+    n = len(before)
+    if n < MIN_DELEGATES or len(query) == 0:
+        return _nothing(f"{n} delegates" if len(query) else "nobody to predict for")
+    scale = deltas.square().mean().sqrt()
+    if not bool(torch.isfinite(scale)) or float(scale) == 0.0:
+        return _nothing("updates are zero or not finite")
+    centre, spread = before.mean(0), before.std(0).clamp_min(1e-8)
+    x, y, q = (before - centre) / spread, deltas / scale, (query - centre) / spread
+    if kind == "cluster":
+        # Clusters are made of all users' vectors, so they are the same for every fold.
+        labels = _cluster_labels(torch.cat([x, q]), n_clusters, seed)
+        x, q = labels[:n], labels[n:]
+
+    strengths = torch.tensor(CANDIDATES[kind], dtype=x.dtype, device=x.device)
+    folds = _folds(n, min(cv, n), seed).to(x.device)
+    n_folds, n_candidates = int(folds.max()) + 1, len(strengths)
+    fold = torch.arange(n_folds, device=x.device).repeat_interleave(n_candidates)
+    weight = (folds[None, :] != fold[:, None]).to(x.dtype)  # (folds x candidates, n)
+    held_out = _fit(kind, x, y, weight, x, strengths.repeat(n_folds), seed)
+    # Each delegate is predicted by the networks that have not seen it: (candidates, n, d).
+    own = folds[None, :] * n_candidates + torch.arange(n_candidates, device=x.device)[:, None]
+    predicted = held_out[own, torch.arange(n, device=x.device)[None, :]]
+    r2 = 1.0 - (predicted - y).square().sum((1, 2)) / y.square().sum()
+    r2 = torch.where(torch.isfinite(r2), r2, -math.inf)
+    best = int(r2.argmax())
+    score = float(r2[best])
+    cosine = float(torch.nn.functional.cosine_similarity(predicted[best], y, dim=1).mean())
+    if not math.isfinite(score) or (gate and score <= 0.0):
+        return Prediction(None, score, cosine, "none: no candidate beats zero")
+
+    everyone = torch.ones(1, n, dtype=x.dtype, device=x.device)
+    answer = _fit(kind, x, y, everyone, q, strengths[best : best + 1], seed)[0] * scale
+    if not bool(torch.isfinite(answer).all()):
+        return Prediction(None, score, cosine, "none: predictions are not finite")
+    return Prediction(answer, score, cosine, f"{kind}({CANDIDATES[kind][best]:g})")
+
+
+def _nothing(reason: str) -> Prediction:
+    return Prediction(None, math.nan, math.nan, f"none: {reason}")
+
+
+def _folds(n: int, cv: int, seed: int) -> Tensor:
+    """Deal n delegates evenly to folds, shuffled; shape (n,)."""
+    dealt = np.random.default_rng(seed).permutation(np.arange(n) % cv)
+    return torch.from_numpy(dealt)
+
+
+def _cluster_labels(vectors: Tensor, n_clusters: int, seed: int) -> Tensor:
+    """One-hot k-means labels of the vectors, shape (n, n_clusters)."""
+    k = min(n_clusters, len(vectors))
+    # Server-side and small; scikit-learn's own k-means, single start, is what is wanted here.
+    labels = KMeans(k, n_init=1, random_state=seed % (2**32)).fit_predict(vectors.cpu().numpy())
+    one_hot = torch.nn.functional.one_hot(torch.from_numpy(labels).long(), k)
+    return one_hot.to(vectors)
+
+
+def _fit(
+    kind: PredictorName,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    query: Tensor,
+    strength: Tensor,
+    seed: int,
+) -> Tensor:
+    """Fit S problems on (x, y) with example weights (S, n); predict query: (S, m, d)."""
+    if kind == "mlp":
+        return _fit_mlp(x, y, weight, query, strength, seed)
+    if kind == "linear":
+        ones, more = x.new_ones(len(x), 1), query.new_ones(len(query), 1)
+        return _fit_ridge(torch.cat([x, ones], 1), y, weight, torch.cat([query, more], 1), strength)
+    if kind == "cluster":
+        # A mean per cluster; without any delegate of the cluster, no change.
+        sums = torch.einsum("sn,nk,nd->skd", weight, x, y)
+        counts = torch.einsum("sn,nk->sk", weight, x).clamp_min(1e-12)
+        return torch.einsum("mk,skd->smd", query, sums / counts[:, :, None])
+    mean: Tensor = (weight @ y) / weight.sum(1, keepdim=True)
+    return mean[:, None, :].expand(-1, len(query), -1)
+
+
+def _fit_ridge(x: Tensor, y: Tensor, weight: Tensor, query: Tensor, strength: Tensor) -> Tensor:
+    """Weighted ridge regressions with the intercept, the last column, unpenalised."""
+    penalty = x.new_ones(x.shape[1])
+    penalty[-1] = 1e-6
+    ridge = strength[:, None] * weight.sum(1, keepdim=True) * penalty
+    left = torch.einsum("sn,na,nb->sab", weight, x, x) + torch.diag_embed(ridge)
+    right = torch.einsum("sn,na,nd->sad", weight, x, y)
+    coefficients: Tensor = torch.linalg.solve(left, right)
+    return query @ coefficients
+
+
+def _fit_mlp(
+    x: Tensor, y: Tensor, weight: Tensor, query: Tensor, strength: Tensor, seed: int
+) -> Tensor:
+    """Train one small network per problem, all in one stack, full batch with Adam."""
+    n_stack, width, out = len(weight), x.shape[1], y.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(width, HIDDEN_UNITS, generator=generator) / math.sqrt(width)
+    # The same start for every fold and candidate, so that they differ in data alone. The last
+    # layer starts at zero: before training, the network predicts no update.
+    start = {
+        "w1": first.to(x).expand(n_stack, -1, -1),
+        "b1": x.new_zeros(n_stack, HIDDEN_UNITS),
+        "w2": x.new_zeros(n_stack, HIDDEN_UNITS, out),
+        "b2": x.new_zeros(n_stack, out),
+    }
+    share = weight / weight.sum(1, keepdim=True)
+
+    def forward(params: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(inputs @ params["w1"] + params["b1"][:, None, :])
+        return hidden @ params["w2"] + params["b2"][:, None, :]
+
+    def loss(params: dict[str, Tensor], batch: Tensor) -> Tensor:
+        error = (forward(params, batch) - y).square().mean(2)
+        decay = params["w1"].square().sum((1, 2)) + params["w2"].square().sum((1, 2))
+        return (error * share).sum(1) + strength * decay / width
+
+    active = torch.ones(n_stack, dtype=torch.bool, device=x.device)
+    trained, _ = local_train(
+        start,
+        loss,
+        [(x, active)],
+        optimizer=Optimizer("adam", learning_rate=0.03),
+        local_epochs=TRAINING_STEPS,
+    )
+    return forward(trained, query)

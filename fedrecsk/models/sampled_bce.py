@@ -1,0 +1,431 @@
+"""Matrix factorisation trained on sampled negatives with binary cross-entropy.
+
+A client's private copy of the model is its users' vectors and one row for each distinct item
+among its examples. For the examples (u, i, y) of a mini-batch, with s = u · v_i,
+
+    loss = sum over the batch of  log(1 + exp(s)) - y s  +  l2/2 (|u|^2 + |v_i|^2),
+
+and one step of an optimiser follows its gradient. The gradient has a closed form, e = σ(s) - y:
+Σ e v_i for u and e u for v_i.
+
+Two paths compute the same training. `_train_fused` serves the common case, one user a client and
+plain SGD: a client's examples lie side by side, so every epoch is a few batched products over
+private rows, without gathers, and updates them in place. `_train_pooled` serves any number of
+users a client and any optimiser, over flat lists of examples.
+
+An item bias is the last column of the item table; users then carry a constant 1 there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedrecsk.engine.local import Optimizer, apply_gradients, init_moments
+from fedrecsk.engine.mixing import scatter_sum
+from fedrecsk.engine.shards import Cohort
+from fedrecsk.engine.streams import counter_uniform
+
+
+@dataclass(frozen=True, eq=False)
+class LocalExamples:
+    """Positives of a cohort with their negatives.
+
+    Attributes
+    ----------
+    items : Tensor of shape (n, 1 + n_negatives), int64
+        A positive item and its negatives, row by row in the cohort's order of rows.
+    valid : Tensor of the same shape, bool
+        False where a user has too few unseen items left to draw from.
+    batch : Tensor of shape (n,), int64
+        Number of the local mini-batch that each row belongs to.
+    n_batches : int
+        Mini-batches of the client with the most rows.
+    per_batch : int
+        Positives in a full mini-batch.
+    """
+
+    items: Tensor
+    valid: Tensor
+    batch: Tensor
+    n_batches: int
+    per_batch: int
+
+
+@dataclass(frozen=True, eq=False)
+class LocalResult:
+    """What the clients of a cohort hold after local training.
+
+    Attributes
+    ----------
+    user_vectors : Tensor of shape (U, d)
+    row_items : Tensor of shape (K,), int64
+        Item of each private row; one row per (client, item).
+    row_clients : Tensor of shape (K,), int64
+        Position in ``cohort.clients`` of each private row's client.
+    row_delta : Tensor of shape (K, d or d + 1)
+        Change of each private row.
+    row_valid : Tensor of shape (K,), bool
+        False for padding.
+    losses : Tensor of shape (C,)
+        Summed loss without the penalty over the examples, seen in the first epoch.
+    n_examples : Tensor of shape (C,)
+    """
+
+    user_vectors: Tensor
+    row_items: Tensor
+    row_clients: Tensor
+    row_delta: Tensor
+    row_valid: Tensor
+    losses: Tensor
+    n_examples: Tensor
+
+
+def draw_examples(
+    cohort: Cohort,
+    n_items: int,
+    *,
+    n_negatives: int,
+    batch_size: int | None,
+    key: int,
+) -> LocalExamples:
+    """Draw negatives for every positive and deal the positives into mini-batches.
+
+    Negatives of a user are distinct and never among its positives: the unseen items are cut
+    into as many strata as negatives are wanted, turned by a random offset, and each stratum
+    gives one. Every unseen item is drawn with equal probability.
+
+    Parameters
+    ----------
+    cohort : Cohort
+    n_items : int
+    n_negatives : int
+        Per positive.
+    batch_size : int or None
+        LocalExamples in a local step; a positive stays with its negatives. None: all at once.
+    key : int
+        Of the round, see `Streams.key`.
+
+    Returns
+    -------
+    examples : LocalExamples
+        In the cohort's order of rows.
+    """
+    device = cohort.device
+    user = cohort.users[cohort.row_user]
+    position = cohort.position()
+    counts = torch.from_numpy(cohort.counts).to(device)
+    seen = counts[cohort.row_user][:, None]  # (n, 1)
+    unseen = n_items - seen
+
+    column = torch.arange(n_negatives, device=device)
+    # Neighbouring strata go to different positives, so that a mini-batch spans the catalogue.
+    stratum = column * seen + position[:, None]  # (n, n_negatives)
+    n_strata = torch.minimum(seen * n_negatives, unseen)
+    valid = stratum < n_strata
+    per_stratum = n_strata.clamp_min(1)
+    low = stratum * unseen // per_stratum
+    width = (stratum + 1) * unseen // per_stratum - low
+    within = counter_uniform(key, user[:, None], stratum) * width
+    offset = counter_uniform(key, cohort.users, cohort.users.new_full((1,), -2)) * (
+        n_items - counts
+    )
+    rank = (low + within.long() + offset.long()[cohort.row_user][:, None]) % unseen.clamp_min(1)
+    negatives = _unseen_item(cohort, rank, n_items, valid)
+
+    items = torch.cat([cohort.items[:, None], negatives], dim=1)
+    keep = torch.cat([torch.ones_like(valid[:, :1]), valid], dim=1)
+    client_rows = np.bincount(cohort.owner.cpu().numpy(), cohort.counts)
+    largest = int(client_rows.max(initial=1))
+    per_batch = largest if batch_size is None else max(1, batch_size // (1 + n_negatives))
+    return LocalExamples(
+        items=items,
+        valid=keep,
+        batch=_deal_batches(cohort, per_batch, key),
+        n_batches=-(-largest // per_batch),
+        per_batch=per_batch,
+    )
+
+
+def _unseen_item(cohort: Cohort, rank: Tensor, n_items: int, valid: Tensor) -> Tensor:
+    """Return the item that is number `rank` (n, m) among those the row's user has not seen."""
+    # With a user's items p_0 < p_1 < ..., unseen item number r is r + #{k : p_k - k <= r}.
+    stride = n_items + 1
+    shifted = cohort.items - cohort.position() + cohort.row_user * stride
+    wanted = rank + (cohort.row_user * stride)[:, None]
+    below = torch.searchsorted(shifted, wanted, right=True)
+    below -= cohort.offsets()[:-1][cohort.row_user][:, None]
+    return torch.where(valid, rank + below, cohort.items[:, None])
+
+
+def _deal_batches(cohort: Cohort, per_batch: int, key: int) -> Tensor:
+    """Return each row's mini-batch (n,): a client's rows, shuffled and cut."""
+    owner = cohort.owner[cohort.row_user]
+    shuffle = counter_uniform(key, cohort.users[cohort.row_user], cohort.items)
+    order = torch.argsort(owner.to(torch.float64) + shuffle, stable=True)
+    per_client = torch.bincount(owner, minlength=len(cohort.clients))
+    starts = per_client.cumsum(0) - per_client
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    return (rank - starts[owner]) // per_batch
+
+
+def train(
+    cohort: Cohort,
+    user_vectors: Tensor,
+    item_table: Tensor,
+    *,
+    item_bias: bool,
+    n_negatives: int,
+    batch_size: int | None,
+    local_epochs: int,
+    optimizer: Optimizer,
+    l2: float,
+    key: int,
+) -> LocalResult:
+    """Train all clients of a cohort on their own examples, from the server's table.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        C clients with U users.
+    user_vectors : Tensor of shape (U, d)
+        The users' vectors before training.
+    item_table : Tensor of shape (n_items, d) or (n_items, d + 1)
+        With the item bias as the last column if `item_bias`.
+    item_bias : bool
+    n_negatives : int
+        Negatives per positive, drawn anew each round.
+    batch_size : int or None
+        LocalExamples per local step; None for all of a client's.
+    local_epochs : int
+    optimizer : Optimizer
+    l2 : float
+        Penalty per example, see the module's head.
+    key : int
+        Of the round.
+
+    Returns
+    -------
+    LocalResult
+    """
+    examples = draw_examples(
+        cohort, len(item_table), n_negatives=n_negatives, batch_size=batch_size, key=key
+    )
+    path = _train_fused if cohort.single_user and optimizer.name == "sgd" else _train_pooled
+    return path(
+        cohort,
+        examples,
+        user_vectors,
+        item_table,
+        item_bias=item_bias,
+        local_epochs=local_epochs,
+        optimizer=optimizer,
+        l2=l2,
+    )
+
+
+def _train_fused(
+    cohort: Cohort,
+    examples: LocalExamples,
+    user_vectors: Tensor,
+    item_table: Tensor,
+    *,
+    item_bias: bool,
+    local_epochs: int,
+    optimizer: Optimizer,
+    l2: float,
+) -> LocalResult:
+    """One user a client, SGD: batched products over contiguous private rows."""
+    n_clients, width = cohort.n_users, item_table.shape[1]
+    rate, fan = optimizer.learning_rate, examples.items.shape[1]
+    # Lay a client's positives out by mini-batch, each followed by its negatives: (C, P, fan).
+    order = torch.argsort(cohort.row_user * examples.n_batches + examples.batch, stable=True)
+    slot = cohort.position()
+    longest = int(cohort.counts.max(initial=1))
+    items = examples.items.new_zeros(n_clients, longest, fan)
+    items[cohort.row_user, slot] = examples.items[order]
+    valid = examples.valid.new_zeros(n_clients, longest, fan)
+    valid[cohort.row_user, slot] = examples.valid[order]
+    flat_items = items.reshape(-1)
+    mask = valid.reshape(n_clients, longest * fan).to(item_table.dtype)
+    label = torch.zeros_like(mask)
+    label[:, ::fan] = 1.0
+
+    rows = item_table[flat_items].reshape(n_clients, longest * fan, width)
+    users, trainable = _with_constant(user_vectors, item_bias)
+    losses = mask.new_zeros(n_clients)
+    spans = _batch_spans(cohort, examples, longest, fan)
+    for epoch in range(local_epochs):
+        for first, start, stop in spans:
+            # Clients ascend by size: those that still have a batch are the last ones.
+            part = rows[first:, start:stop]  # (c, b, width)
+            vec = users[first:]  # (c, width)
+            seen, target = mask[first:, start:stop], label[first:, start:stop]
+            score = torch.bmm(part, vec[:, :, None])[:, :, 0]
+            error = (torch.sigmoid(score) - target).mul_(seen)
+            if epoch == 0:
+                loss = torch.nn.functional.softplus(score) - target * score
+                losses[first:] += (loss * seen).sum(1)
+            grad = torch.bmm(error[:, None, :], part)[:, 0]
+            if l2:
+                grad = grad + l2 * seen.sum(1, keepdim=True) * vec
+                part.mul_(1.0 - rate * l2 * seen[:, :, None])
+            part.baddbmm_(error[:, :, None], vec[:, None, :], alpha=-rate)
+            users[first:] = vec - rate * grad * trainable
+    rows = rows.reshape(-1, width)
+    rows -= item_table[flat_items]
+    return LocalResult(
+        user_vectors=users[:, : user_vectors.shape[1]],
+        row_items=flat_items,
+        row_clients=torch.arange(n_clients, device=rows.device).repeat_interleave(longest * fan),
+        row_delta=rows,
+        row_valid=valid.reshape(-1),
+        losses=losses,
+        n_examples=mask.sum(1),
+    )
+
+
+def _batch_spans(
+    cohort: Cohort, examples: LocalExamples, longest: int, fan: int
+) -> list[tuple[int, int, int]]:
+    """Return (first active client, start, stop) of each local step in the fused layout."""
+    spans = []
+    for start in range(0, longest, examples.per_batch):
+        first = int((cohort.counts <= start).sum())
+        stop = min(start + examples.per_batch, longest)
+        spans.append((first, start * fan, stop * fan))
+    return spans
+
+
+def _train_pooled(
+    cohort: Cohort,
+    examples: LocalExamples,
+    user_vectors: Tensor,
+    item_table: Tensor,
+    *,
+    item_bias: bool,
+    local_epochs: int,
+    optimizer: Optimizer,
+    l2: float,
+) -> LocalResult:
+    """Any number of users a client, any optimiser: flat lists of examples."""
+    n_items, n_clients = len(item_table), len(cohort.clients)
+    fan = examples.items.shape[1]
+    keep = examples.valid.reshape(-1)
+    item = examples.items.reshape(-1)[keep]
+    user = cohort.row_user.repeat_interleave(fan)[keep]
+    batch = examples.batch.repeat_interleave(fan)[keep]
+    label = torch.zeros_like(examples.valid, dtype=item_table.dtype)
+    label[:, 0] = 1.0
+    label = label.reshape(-1)[keep]
+    owner = cohort.owner[user]
+    pairs, row = torch.unique(owner * n_items + item, return_inverse=True)
+    row_items, row_clients = pairs % n_items, pairs // n_items
+
+    rows = item_table[row_items].clone()
+    users, trainable = _with_constant(user_vectors, item_bias)
+    user_moments = init_moments({"user": users}, optimizer)
+    row_moments = init_moments({"row": rows}, optimizer)
+    losses = rows.new_zeros(n_clients)
+    steps = [torch.nonzero(batch == b)[:, 0] for b in range(examples.n_batches)]
+    for epoch in range(local_epochs):
+        for chosen in steps:
+            i, u, y = row[chosen], user[chosen], label[chosen]
+            score = (users[u] * rows[i]).sum(1)
+            error = (torch.sigmoid(score) - y)[:, None]
+            if epoch == 0:
+                loss = torch.nn.functional.softplus(score) - y * score
+                losses += scatter_sum(loss[:, None], owner[chosen], n_clients)[:, 0]
+            user_grad = scatter_sum(error * rows[i] + l2 * users[u], u, len(users)) * trainable
+            row_grad = scatter_sum(error * users[u] + l2 * rows[i], i, len(rows))
+            active = torch.zeros(n_clients, dtype=torch.bool, device=rows.device)
+            active[owner[chosen]] = True
+            new_users, user_moments = apply_gradients(
+                {"user": users}, {"user": user_grad}, user_moments, active[cohort.owner], optimizer
+            )
+            new_rows, row_moments = apply_gradients(
+                {"row": rows}, {"row": row_grad}, row_moments, active[row_clients], optimizer
+            )
+            users, rows = new_users["user"], new_rows["row"]
+    return LocalResult(
+        user_vectors=users[:, : user_vectors.shape[1]],
+        row_items=row_items,
+        row_clients=row_clients,
+        row_delta=rows - item_table[row_items],
+        row_valid=torch.ones_like(row_items, dtype=torch.bool),
+        losses=losses,
+        n_examples=torch.bincount(owner, minlength=n_clients).to(rows.dtype),
+    )
+
+
+def refit_users(
+    cohort: Cohort,
+    user_vectors: Tensor,
+    item_table: Tensor,
+    *,
+    item_bias: bool,
+    n_negatives: int,
+    n_steps: int,
+    l2: float,
+    key: int,
+) -> Tensor:
+    """Fit each user's own vector to its own data against the frozen item table.
+
+    What a client does on its own device before inference; nothing is sent. The problem is
+    convex. Its curvature never exceeds that of the bound 1/4 on the logistic loss, so steps
+    with this fixed matrix always descend, need one factorisation and no rate to choose.
+
+    Parameters
+    ----------
+    cohort, user_vectors, item_table, item_bias, n_negatives, key
+        As in `train`.
+    n_steps : int
+        Descent steps; 20 come close to the optimum.
+    l2 : float
+        Penalty per example.
+
+    Returns
+    -------
+    Tensor of shape (U, d)
+    """
+    examples = draw_examples(
+        cohort, len(item_table), n_negatives=n_negatives, batch_size=None, key=key
+    )
+    width = user_vectors.shape[1]
+    fan = examples.items.shape[1]
+    longest = int(cohort.counts.max(initial=1))
+    items = examples.items.new_zeros(cohort.n_users, longest, fan)
+    items[cohort.row_user, cohort.position()] = examples.items
+    valid = examples.valid.new_zeros(cohort.n_users, longest, fan)
+    valid[cohort.row_user, cohort.position()] = examples.valid
+    mask = valid.reshape(cohort.n_users, -1).to(item_table.dtype)
+    rows = item_table[items.reshape(-1)].reshape(cohort.n_users, longest * fan, -1)
+    label = torch.zeros_like(mask)
+    label[:, ::fan] = 1.0
+    factors = rows[:, :, :width]
+    bias = rows[:, :, width] if item_bias else torch.zeros_like(mask)
+    # A penalty is needed for uniqueness: a user with fewer examples than factors has many fits.
+    penalty = max(l2, 1e-3) * mask.sum(1)
+    eye = torch.eye(width, dtype=rows.dtype, device=rows.device)
+    bound = 0.25 * torch.bmm((factors * mask[:, :, None]).transpose(1, 2), factors)
+    factor = torch.linalg.cholesky(bound + (penalty[:, None, None] + 1e-6) * eye)
+    users = user_vectors.clone()
+    for _ in range(n_steps):
+        score = torch.bmm(factors, users[:, :, None])[:, :, 0] + bias
+        error = (torch.sigmoid(score) - label) * mask
+        grad = torch.bmm(error[:, None, :], factors)[:, 0] + penalty[:, None] * users
+        users = users - torch.cholesky_solve(grad[:, :, None], factor)[:, :, 0]
+    return users
+
+
+def _with_constant(user_vectors: Tensor, item_bias: bool) -> tuple[Tensor, Tensor]:
+    """Append the constant 1 that meets the bias column; the mask keeps it constant."""
+    trainable = user_vectors.new_ones(user_vectors.shape[1])
+    if not item_bias:
+        return user_vectors.clone(), trainable
+    ones = user_vectors.new_ones(len(user_vectors), 1)
+    return torch.cat([user_vectors, ones], dim=1), torch.cat([trainable, trainable.new_zeros(1)])

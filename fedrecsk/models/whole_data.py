@@ -1,0 +1,329 @@
+"""Matrix factorisation on the whole-data objective for implicit feedback, federated by sums.
+
+The objective is that of Hu, Koren and Volinsky (ICDM 2008): with P_u the items of user u,
+
+    Σ_u [ Σ_{i in P_u} (1 - u·v_i)^2 + w0 Σ_{all i} (u·v_i)^2 + λ_u |u|^2 ] + Σ_i λ_i |v_i|^2
+
+so every item that a user has not touched counts as a weak zero and no negatives are drawn.
+Given the item table, a client's problem is least squares and solved exactly. Given the users,
+the gradient of an item is a sum over users, and so is all that a quasi-Newton step needs:
+
+    client sends   Σ (1 - u·v_i) u  for each of its items, the number of its users there, their
+                   Σ (u·v_i)^2 (curvature along v_i), and once Σ u uᵀ
+    server steps   v_i += η H_i^-1 [ Σ (1 - u·v_i) u - w0 Gram v_i - λ_i v_i ],
+                   H_i = w0 Gram + (n_i / N) Gram + c_i v_i v_iᵀ/|v_i|^2 + λ_i I.
+
+The exact Hessian would need a d x d matrix per item from every client. Users of one item are
+alike, mostly along v_i, so the Gram matrix of all users underestimates the curvature there and
+a full step overshoots on sparse catalogues; the rank-one term c_i repairs that for one number a
+row (ours; without it a full-participation fit of a catalogue with 17,000 items stalls a quarter
+below the optimum).
+
+Regularisation follows Rendle, Krichene, Zhang and Koren (RecSys 2022): λ grows with a power of
+the number of interactions. We scale it by the mean, λ_u = l2 n_u^ν n̄^(1-ν), so that `l2` keeps
+its meaning from one data set to the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedrecsk.engine.mixing import csr_product, row_offsets
+from fedrecsk.engine.shards import Cohort
+
+# Keeps solves regular where a user or an item has no data at all.
+JITTER = 1e-6
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """Frequency-scaled L2 penalty.
+
+    Parameters
+    ----------
+    l2 : float
+        Penalty per interaction of a row with the mean number of them.
+    exponent : float
+        ν: 0 penalises all rows alike, 1 in proportion to their interactions.
+    """
+
+    l2: float
+    exponent: float
+
+    def strength(self, counts: Tensor, mean: float) -> Tensor:
+        """Return λ (n,) of rows with `counts` (n,) interactions."""
+        scaled: Tensor = counts.clamp_min(0.0).pow(self.exponent) * mean ** (1.0 - self.exponent)
+        return self.l2 * scaled + JITTER
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """What the server learns of a round: sums over users, nothing of a single one.
+
+    Attributes
+    ----------
+    pull : Tensor of shape (n_items, d)
+        Σ (1 - u·v_i) u over the users of item i.
+    counts : Tensor of shape (n_items,)
+        Users of item i.
+    curvature : Tensor of shape (n_items,)
+        Σ (u·v_i)^2 over the users of item i.
+    gram : Tensor of shape (d, d)
+        Σ u uᵀ over all users.
+    loss : Tensor of shape ()
+        The users' part of the objective.
+    n_users : int
+    n_rows : int
+    """
+
+    pull: Tensor
+    counts: Tensor
+    curvature: Tensor
+    gram: Tensor
+    loss: Tensor
+    n_users: int
+    n_rows: int
+
+    @classmethod
+    def zero(cls, n_items: int, n_factors: int, device: torch.device) -> Sums:
+        """Return the sum over nobody."""
+        return cls(
+            pull=torch.zeros(n_items, n_factors, device=device),
+            counts=torch.zeros(n_items, device=device),
+            curvature=torch.zeros(n_items, device=device),
+            gram=torch.zeros(n_factors, n_factors, device=device),
+            loss=torch.zeros((), device=device),
+            n_users=0,
+            n_rows=0,
+        )
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            pull=self.pull + other.pull,
+            counts=self.counts + other.counts,
+            curvature=self.curvature + other.curvature,
+            gram=self.gram + other.gram,
+            loss=self.loss + other.loss,
+            n_users=self.n_users + other.n_users,
+            n_rows=self.n_rows + other.n_rows,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ServerStatistics:
+    """Running averages that smooth the server's curvature from round to round.
+
+    Attributes
+    ----------
+    gram : Tensor of shape (d, d)
+    counts, curvature : Tensor of shape (n_items,)
+    weight : float
+        Total weight of the averages so far, for the bias correction.
+    """
+
+    gram: Tensor
+    counts: Tensor
+    curvature: Tensor
+    weight: float
+
+    @classmethod
+    def zero(cls, n_items: int, n_factors: int, device: torch.device) -> ServerStatistics:
+        """Return the averages before the first round."""
+        return cls(
+            gram=torch.zeros(n_factors, n_factors, device=device),
+            counts=torch.zeros(n_items, device=device),
+            curvature=torch.zeros(n_items, device=device),
+            weight=0.0,
+        )
+
+
+def solve_users(
+    cohort: Cohort,
+    item_factors: Tensor,
+    item_gram: Tensor,
+    *,
+    unobserved_weight: float,
+    penalty: Penalty,
+    mean_rows: float,
+) -> Tensor:
+    """Solve every user of a cohort exactly against the item table: one batched d x d solve.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        With U users.
+    item_factors : Tensor of shape (n_items, d)
+    item_gram : Tensor of shape (d, d)
+        VᵀV, sent once by the server.
+    unobserved_weight : float
+        w0.
+    penalty : Penalty
+    mean_rows : float
+        Mean interactions of a user, n̄.
+
+    Returns
+    -------
+    Tensor of shape (U, d)
+    """
+    rows = _padded_rows(cohort, item_factors)
+    counts = torch.from_numpy(cohort.counts).to(item_factors)
+    ridge = penalty.strength(counts, mean_rows)
+    matrix = torch.bmm(rows.transpose(1, 2), rows)  # (U, d, d)
+    matrix += unobserved_weight * item_gram
+    matrix.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    factor = torch.linalg.cholesky(matrix)
+    return torch.cholesky_solve(rows.sum(1)[:, :, None], factor)[:, :, 0]
+
+
+def user_sums(
+    cohort: Cohort,
+    users: Tensor,
+    item_factors: Tensor,
+    item_gram: Tensor,
+    *,
+    unobserved_weight: float,
+) -> Sums:
+    """Add up what the cohort's clients send.
+
+    Parameters
+    ----------
+    cohort : Cohort
+    users : Tensor of shape (U, d)
+        From `solve_users`.
+    item_factors : Tensor of shape (n_items, d)
+    item_gram : Tensor of shape (d, d)
+    unobserved_weight : float
+
+    Returns
+    -------
+    Sums
+    """
+    n_items = len(item_factors)
+    padded = torch.bmm(_padded_rows(cohort, item_factors), users[:, :, None])[:, :, 0]
+    score = padded[cohort.row_user, cohort.position()]  # (n,)
+    order = torch.argsort(cohort.items, stable=True)
+    indptr = row_offsets(cohort.items, n_items)
+    columns, fitted = cohort.row_user[order], score[order]
+    # The residuals form a sparse items x users matrix: its product with the user vectors is the
+    # gradient of every item at once, without a (n, d) array.
+    pull = csr_product(indptr, columns, 1.0 - fitted, users, n_items)
+    ones = users.new_ones(len(users), 1)
+    curvature = csr_product(indptr, columns, fitted * fitted, ones, n_items)[:, 0]
+    everywhere = torch.einsum("ud,de,ue->", users, item_gram, users)
+    return Sums(
+        pull=pull,
+        counts=(indptr[1:] - indptr[:-1]).to(users.dtype),
+        curvature=curvature,
+        gram=users.T @ users,
+        loss=((1.0 - score) ** 2).sum() + unobserved_weight * everywhere,
+        n_users=cohort.n_users,
+        n_rows=cohort.n_rows,
+    )
+
+
+def server_step(
+    item_factors: Tensor,
+    statistics: ServerStatistics,
+    sums: Sums,
+    *,
+    n_users: int,
+    unobserved_weight: float,
+    penalty: Penalty,
+    mean_rows: float,
+    rate: float,
+    decay: float,
+) -> tuple[Tensor, ServerStatistics]:
+    """Move the item table by one quasi-Newton step from the cohort's sums.
+
+    Parameters
+    ----------
+    item_factors : Tensor of shape (n_items, d)
+    statistics : ServerStatistics
+    sums : Sums
+        Of the cohort; scaled up to all users here.
+    n_users : int
+        Users of the federation, N.
+    unobserved_weight : float
+    penalty : Penalty
+    mean_rows : float
+        Mean interactions of an item.
+    rate : float
+        η.
+    decay : float
+        Of the running averages.
+
+    Returns
+    -------
+    item_factors, statistics
+        New objects.
+    """
+    scale = n_users / sums.n_users
+    weight = decay * statistics.weight + (1 - decay)
+    new = ServerStatistics(
+        gram=decay * statistics.gram + (1 - decay) * scale * sums.gram,
+        counts=decay * statistics.counts + (1 - decay) * scale * sums.counts,
+        curvature=decay * statistics.curvature + (1 - decay) * scale * sums.curvature,
+        weight=weight,
+    )
+    counts = new.counts / weight
+    ridge = penalty.strength(counts, mean_rows)[:, None]
+    grad = scale * sums.pull - unobserved_weight * scale * item_factors @ sums.gram
+    grad = grad - ridge * item_factors
+
+    # One eigenbasis serves all items: there H_i is diagonal plus the rank-one term.
+    values, basis = torch.linalg.eigh(new.gram / weight)
+    values = values.clamp_min(0.0)
+    shape = (counts / n_users)[:, None] * values
+    diagonal = unobserved_weight * values + shape + ridge  # (n_items, d)
+    norm = item_factors.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    along = (item_factors / norm) @ basis
+    observed = new.curvature / weight / norm[:, 0] ** 2
+    missing = (observed - (shape * along**2).sum(1)).clamp_min(0.0)
+    step = grad @ basis / diagonal
+    turned = along / diagonal
+    # Sherman and Morrison: (D + m a aᵀ)^-1 g = D^-1 g - m (a·D^-1 g)/(1 + m a·D^-1 a) D^-1 a
+    factor = missing * (along * step).sum(1) / (1.0 + missing * (along * turned).sum(1))
+    step = step - factor[:, None] * turned
+    return item_factors + rate * step @ basis.T, new
+
+
+def default_unobserved_weight(n_rows: int, n_users: int, n_items: int) -> float:
+    """Weight of an unobserved pair that suits the density of the data.
+
+    All unobserved pairs together weigh at most thirty times the observed ones, and a single one
+    never more than an observed one. The factor was chosen on validation data of four catalogues
+    with 1,700 to 19,000 items; 10 and 30 differ by less than 2% of NDCG@20 there.
+
+    Examples
+    --------
+    >>> from fedrecsk.models.whole_data import default_unobserved_weight
+    >>> round(default_unobserved_weight(273_000, 49_000, 17_000), 4)
+    0.0098
+    """
+    return min(1.0, 30.0 * n_rows / (n_users * n_items))
+
+
+def default_rate(participation: float, t: int) -> float:
+    """Server rate η for a share of participating users in round `t` (from 0).
+
+    A full step where everybody takes part; smaller where the sums are estimates, and falling
+    with the square root of the number of passes over the population, as noise is averaged out.
+
+    Examples
+    --------
+    >>> from fedrecsk.models.whole_data import default_rate
+    >>> default_rate(1.0, 9), round(default_rate(0.2, 0), 3), round(default_rate(0.2, 39), 3)
+    (1.0, 0.278, 0.11)
+    """
+    passes = (t + 1) * participation * (1.0 - participation)
+    return float(participation**0.75 / (1.0 + passes) ** 0.5)
+
+
+def _padded_rows(cohort: Cohort, item_factors: Tensor) -> Tensor:
+    """Gather each user's item vectors, shape (U, longest, d), zero where there is no item."""
+    zero = item_factors.new_zeros(1, item_factors.shape[1])
+    table = torch.cat([item_factors, zero])
+    return table[cohort.padded(cohort.items, len(item_factors))]
