@@ -292,9 +292,7 @@ def _feature_names(frame: nw.DataFrame[Any]) -> tuple[str, ...] | None:
 
 
 def _to_numpy(series: Any, column: str) -> NDArray[Any]:
-    """Take a column out of a DataFrame; nulls are refused before they become something else."""
-    if series.null_count():
-        raise missing_error(series.is_null().to_numpy(), "X", column)
+    """Take a column out of a DataFrame; a null arrives as None, NaN or NaT and is refused later."""
     if column == "timestamp" and isinstance(series.dtype, nw.Datetime | nw.Date):
         series = series.dt.timestamp("us")
     array: NDArray[Any] = series.to_numpy()

@@ -434,7 +434,7 @@ def _convert(array: IdArray, dtype: DTypeLike) -> tuple[IdArray, NDArray[np.bool
     converted = np.where(within, array, np.zeros((), dtype=array.dtype)).astype(target)
     returns = _within(converted, array.dtype)
     back = np.where(returns, converted, np.zeros((), dtype=target)).astype(array.dtype)
-    return converted, within & returns & (back == array)
+    return converted, within & (back == array)
 
 
 def _within(array: IdArray, target: np.dtype[Any]) -> NDArray[np.bool_]:

@@ -8,31 +8,80 @@ product, and carries the weights for free.
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class RowSums:
+    """Where the rows of many clients go in a table; sorts once, sums as often as wanted.
+
+    Attributes
+    ----------
+    order : Tensor of shape (K,)
+        The rows by the table row they belong to.
+    offsets : Tensor of shape (n_rows + 1,)
+        Where each table row starts in `order`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fedrecsk.engine.mixing import RowSums
+    >>> sums = RowSums.of(torch.tensor([2, 0, 2]), 3)
+    >>> sums.add(torch.tensor([[1.0], [2.0], [4.0]])).flatten().tolist()
+    [2.0, 0.0, 5.0]
+    """
+
+    order: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, n_rows: int) -> RowSums:
+        """Prepare sums of rows that belong to the table rows `index` (K,)."""
+        return cls(torch.argsort(index, stable=True), row_offsets(index, n_rows))
+
+    def add(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Sum weighted rows into the rows of the table.
+
+        Parameters
+        ----------
+        values : Tensor of shape (K, d)
+            One row per (client, table row).
+        weights : Tensor of shape (K,), optional
+            Default: ones.
+
+        Returns
+        -------
+        Tensor of shape (n_rows, d)
+            ``out[i] = sum of weights[k] * values[k] over index[k] == i``; zero for untouched
+            rows.
+        """
+        if weights is None:
+            data = values.new_ones(len(self.order))
+        else:
+            data = weights.index_select(0, self.order).to(values.dtype)
+        return csr_product(self.offsets, self.order, data, values, len(self.offsets) - 1)
+
+
 def scatter_sum(
     values: Tensor, index: Tensor, n_rows: int, weights: Tensor | None = None
 ) -> Tensor:
-    """Sum weighted rows into the rows of a table.
+    """Sum weighted rows into the rows of a table, once; see `RowSums.add`.
 
     Parameters
     ----------
     values : Tensor of shape (K, d)
-        One row per (client, table row).
     index : Tensor of shape (K,), int64
         The table row that each one belongs to.
     n_rows : int
         Rows of the table.
     weights : Tensor of shape (K,), optional
-        Default: ones.
 
     Returns
     -------
     Tensor of shape (n_rows, d)
-        ``out[i] = sum of weights[k] * values[k] over index[k] == i``; zero for untouched rows.
 
     Examples
     --------
@@ -43,10 +92,7 @@ def scatter_sum(
             [0.],
             [5.]])
     """
-    order = torch.argsort(index, stable=True)
-    rows = row_offsets(index, n_rows)
-    data = values.new_ones(len(index)) if weights is None else weights[order].to(values.dtype)
-    return csr_product(rows, order, data, values, n_rows)
+    return RowSums.of(index, n_rows).add(values, weights)
 
 
 def row_offsets(index: Tensor, n_rows: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 # Padded rows in a chunk: a few MiB of float32 rows stay in a CPU's cache over all local epochs;
 # a GPU wants launches large enough to fill it.
-CPU_CHUNK_ROWS = 32_768
+CPU_CHUNK_ROWS = 65_536
 GPU_CHUNK_ROWS = 4_194_304
 
 
@@ -31,8 +31,7 @@ class Cohort:
     clients : ndarray of shape (C,)
         Client codes.
     users : Tensor of shape (U,), int64
-        User codes, grouped by client in the order of `clients`, by ascending number of rows
-        where every client holds one user.
+        User codes, grouped by client in the order of `clients`.
     owner : Tensor of shape (U,), int64
         Position in `clients` of each user's client.
     counts : ndarray of shape (U,)

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrecsk.engine.local import Moments, Optimizer, apply_gradients, init_moments
-from fedrecsk.engine.mixing import scatter_sum, weighted_mean
+from fedrecsk.engine.mixing import RowSums, weighted_mean
 from fedrecsk.engine.sampling import uniform_cohort
 from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.engine.streams import Streams
@@ -211,7 +211,7 @@ def bce_step(
     total_rows = float(max(client_rows[delegates].sum(), 1))
     numerator, denominator = torch.zeros_like(table), table.new_zeros(len(table), 1)
     user_factors = state.user_factors.clone()
-    losses, n_examples, n_private = table.new_zeros(()), table.new_zeros(()), 0
+    losses, n_examples, n_private = table.new_zeros(()), table.new_zeros(()), table.new_zeros(())
     for cohort in shards.chunks(delegates, rows_per_interaction=1 + n_negatives):
         result = sampled_bce.train(
             cohort,
@@ -226,12 +226,15 @@ def bce_step(
             key=key,
         )
         weight = _row_weights(result, item_weighting, cohort, client_rows, total_rows)
-        numerator += scatter_sum(result.row_delta, result.row_items, len(table), weight)
-        denominator += scatter_sum(weight[:, None], result.row_items, len(table))
+        sums = RowSums.of(result.row_items, len(table))
+        numerator += sums.add(result.row_values, weight)
+        denominator += sums.add(weight[:, None])
         user_factors[cohort.users] = result.user_vectors
         losses += result.losses.sum()
         n_examples += result.n_examples.sum()
-        n_private += len(result.row_items)
+        n_private += result.row_valid.sum()
+    # Σ w (v_k - V) without the differences: one pass over the private rows less.
+    numerator -= denominator * table
     mean = numerator if item_weighting == "fedavg" else weighted_mean(numerator, denominator[:, 0])
     moved, moments = apply_gradients(
         {"item": table}, {"item": -mean}, state.moments, denominator[:, 0] > 0, server_optimizer
@@ -256,7 +259,7 @@ def bce_step(
     )
     traffic = {
         "bytes_down": len(delegates) * dense_bytes(tuple(table.shape)),
-        "bytes_up": sparse_row_bytes(n_private, table.shape[1]),
+        "bytes_up": sparse_row_bytes(int(n_private), table.shape[1]),
     }
     return new, {**logs, **traffic}
 
@@ -365,7 +368,7 @@ def _row_weights(
     total_rows: float,
 ) -> Tensor:
     """Weight (K,) of every private row in the aggregation; zero for padding."""
-    valid = result.row_valid.to(result.row_delta.dtype)
+    valid = result.row_valid.to(result.row_values.dtype)
     if item_weighting == "count":
         return valid
     if item_weighting == "magnitude":

@@ -42,6 +42,8 @@ class LocalExamples:
         False where a user has too few unseen items left to draw from.
     batch : Tensor of shape (n,), int64
         Number of the local mini-batch that each row belongs to.
+    slot : Tensor of shape (n,), int64
+        Place of each row in its mini-batch.
     n_batches : int
         Mini-batches of the client with the most rows.
     per_batch : int
@@ -51,6 +53,7 @@ class LocalExamples:
     items: Tensor
     valid: Tensor
     batch: Tensor
+    slot: Tensor
     n_batches: int
     per_batch: int
 
@@ -66,22 +69,30 @@ class LocalResult:
         Item of each private row; one row per (client, item).
     row_clients : Tensor of shape (K,), int64
         Position in ``cohort.clients`` of each private row's client.
-    row_delta : Tensor of shape (K, d or d + 1)
-        Change of each private row.
+    row_values : Tensor of shape (K, d or d + 1)
+        Private rows after training.
     row_valid : Tensor of shape (K,), bool
         False for padding.
     losses : Tensor of shape (C,)
         Summed loss without the penalty over the examples, seen in the first epoch.
     n_examples : Tensor of shape (C,)
+    item_table : Tensor of shape (n_items, d or d + 1)
+        What the rows started from.
     """
 
     user_vectors: Tensor
     row_items: Tensor
     row_clients: Tensor
-    row_delta: Tensor
+    row_values: Tensor
     row_valid: Tensor
     losses: Tensor
     n_examples: Tensor
+    item_table: Tensor
+
+    @property
+    def row_delta(self) -> Tensor:
+        """Change of each private row, shape (K, d or d + 1)."""
+        return self.row_values - self.item_table.index_select(0, self.row_items)
 
 
 def draw_examples(
@@ -141,10 +152,12 @@ def draw_examples(
     client_rows = np.bincount(cohort.owner.cpu().numpy(), cohort.counts)
     largest = int(client_rows.max(initial=1))
     per_batch = largest if batch_size is None else max(1, batch_size // (1 + n_negatives))
+    rank = _shuffled_rank(cohort, key) if batch_size is not None else cohort.position()
     return LocalExamples(
         items=items,
         valid=keep,
-        batch=_deal_batches(cohort, per_batch, key),
+        batch=rank // per_batch if batch_size is not None else torch.zeros_like(rank),
+        slot=rank % per_batch,
         n_batches=-(-largest // per_batch),
         per_batch=per_batch,
     )
@@ -161,8 +174,8 @@ def _unseen_item(cohort: Cohort, rank: Tensor, n_items: int, valid: Tensor) -> T
     return torch.where(valid, rank + below, cohort.items[:, None])
 
 
-def _deal_batches(cohort: Cohort, per_batch: int, key: int) -> Tensor:
-    """Return each row's mini-batch (n,): a client's rows, shuffled and cut."""
+def _shuffled_rank(cohort: Cohort, key: int) -> Tensor:
+    """Return each row's place (n,) in a random order of its client's rows."""
     owner = cohort.owner[cohort.row_user]
     shuffle = counter_uniform(key, cohort.users[cohort.row_user], cohort.items)
     order = torch.argsort(owner.to(torch.float64) + shuffle, stable=True)
@@ -170,7 +183,7 @@ def _deal_batches(cohort: Cohort, per_batch: int, key: int) -> Tensor:
     starts = per_client.cumsum(0) - per_client
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
-    return (rank - starts[owner]) // per_batch
+    return rank - starts[owner]
 
 
 def train(
@@ -215,7 +228,8 @@ def train(
     examples = draw_examples(
         cohort, len(item_table), n_negatives=n_negatives, batch_size=batch_size, key=key
     )
-    path = _train_fused if cohort.single_user and optimizer.name == "sgd" else _train_pooled
+    fits = cohort.single_user and bool((np.diff(cohort.counts) >= 0).all())
+    path = _train_fused if fits and optimizer.name == "sgd" else _train_pooled
     return path(
         cohort,
         examples,
@@ -240,65 +254,88 @@ def _train_fused(
     l2: float,
 ) -> LocalResult:
     """One user a client, SGD: batched products over contiguous private rows."""
-    n_clients, width = cohort.n_users, item_table.shape[1]
     rate, fan = optimizer.learning_rate, examples.items.shape[1]
-    # Lay a client's positives out by mini-batch, each followed by its negatives: (C, P, fan).
-    order = torch.argsort(cohort.row_user * examples.n_batches + examples.batch, stable=True)
-    slot = cohort.position()
-    longest = int(cohort.counts.max(initial=1))
-    items = examples.items.new_zeros(n_clients, longest, fan)
-    items[cohort.row_user, slot] = examples.items[order]
-    valid = examples.valid.new_zeros(n_clients, longest, fan)
-    valid[cohort.row_user, slot] = examples.valid[order]
-    flat_items = items.reshape(-1)
-    mask = valid.reshape(n_clients, longest * fan).to(item_table.dtype)
-    label = torch.zeros_like(mask)
-    label[:, ::fan] = 1.0
-
-    rows = item_table[flat_items].reshape(n_clients, longest * fan, width)
+    layout = [_lay_out(cohort, examples, number) for number in range(examples.n_batches)]
+    row_items = torch.cat([part.items for part in layout])
+    rows = item_table.index_select(0, row_items)
+    ends = np.cumsum([len(part.items) for part in layout])
+    parts = [
+        (part.first, part.mask.to(rows.dtype), block.reshape(*part.mask.shape, -1))
+        for part, block in zip(layout, torch.tensor_split(rows, ends[:-1].tolist()), strict=True)
+    ]
+    label = item_table.new_zeros(examples.per_batch, fan)
+    label[:, 0] = 1.0
+    label = label.reshape(-1)
     users, trainable = _with_constant(user_vectors, item_bias)
-    losses = mask.new_zeros(n_clients)
-    spans = _batch_spans(cohort, examples, longest, fan)
+    losses, n_examples = users.new_zeros(cohort.n_users), users.new_zeros(cohort.n_users)
     for epoch in range(local_epochs):
-        for first, start, stop in spans:
-            # Clients ascend by size: those that still have a batch are the last ones.
-            part = rows[first:, start:stop]  # (c, b, width)
-            vec = users[first:]  # (c, width)
-            seen, target = mask[first:, start:stop], label[first:, start:stop]
-            score = torch.bmm(part, vec[:, :, None])[:, :, 0]
-            error = (torch.sigmoid(score) - target).mul_(seen)
+        for first, mask, block in parts:  # block: (c, b, width), a view of rows
+            vec, target = users[first:], label[: mask.shape[1]]  # (c, width), (b,)
+            score = torch.bmm(block, vec[:, :, None])[:, :, 0]  # (c, b)
+            error = (torch.sigmoid(score) - target).mul_(mask)
             if epoch == 0:
                 loss = torch.nn.functional.softplus(score) - target * score
-                losses[first:] += (loss * seen).sum(1)
-            grad = torch.bmm(error[:, None, :], part)[:, 0]
+                losses[first:] += (loss * mask).sum(1)
+                n_examples[first:] += mask.sum(1)
+            grad = torch.bmm(error[:, None, :], block)[:, 0]
             if l2:
-                grad = grad + l2 * seen.sum(1, keepdim=True) * vec
-                part.mul_(1.0 - rate * l2 * seen[:, :, None])
-            part.baddbmm_(error[:, :, None], vec[:, None, :], alpha=-rate)
+                grad = grad + l2 * mask.sum(1, keepdim=True) * vec
+                block.mul_(1.0 - rate * l2 * mask[:, :, None])
+            block.addcmul_(error[:, :, None], vec[:, None, :], value=-rate)
             users[first:] = vec - rate * grad * trainable
-    rows = rows.reshape(-1, width)
-    rows -= item_table[flat_items]
     return LocalResult(
         user_vectors=users[:, : user_vectors.shape[1]],
-        row_items=flat_items,
-        row_clients=torch.arange(n_clients, device=rows.device).repeat_interleave(longest * fan),
-        row_delta=rows,
-        row_valid=valid.reshape(-1),
+        row_items=row_items,
+        row_clients=torch.cat([part.clients for part in layout]),
+        row_values=rows,
+        row_valid=torch.cat([part.mask.reshape(-1) for part in layout]),
         losses=losses,
-        n_examples=mask.sum(1),
+        n_examples=n_examples,
+        item_table=item_table,
     )
 
 
-def _batch_spans(
-    cohort: Cohort, examples: LocalExamples, longest: int, fan: int
-) -> list[tuple[int, int, int]]:
-    """Return (first active client, start, stop) of each local step in the fused layout."""
-    spans = []
-    for start in range(0, longest, examples.per_batch):
-        first = int((cohort.counts <= start).sum())
-        stop = min(start + examples.per_batch, longest)
-        spans.append((first, start * fan, stop * fan))
-    return spans
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One local step: the mini-batches with the same number of the clients that have one.
+
+    A private row belongs to exactly one mini-batch, so the rows of a step lie together and are
+    updated in place through all epochs.
+
+    Attributes
+    ----------
+    first : int
+        Clients ascend by size, so those with a batch are the last c; this is the first of them.
+    items, clients : Tensor of shape (c * b,)
+        Of each row; `clients` counts within the cohort.
+    mask : Tensor of shape (c, b), bool
+        False for padding.
+    """
+
+    first: int
+    items: Tensor
+    clients: Tensor
+    mask: Tensor
+
+
+def _lay_out(cohort: Cohort, examples: LocalExamples, number: int) -> _Part:
+    """Lay mini-batch `number` of every client that has one side by side, padded to the longest."""
+    first = int((cohort.counts <= number * examples.per_batch).sum())
+    longest = min(examples.per_batch, int(cohort.counts[-1]) - number * examples.per_batch)
+    n_clients, fan = cohort.n_users - first, examples.items.shape[1]
+    inside = torch.nonzero(examples.batch == number)[:, 0]
+    client, slot = cohort.row_user[inside] - first, examples.slot[inside]
+    items = examples.items.new_zeros(n_clients, longest, fan)
+    items[client, slot] = examples.items[inside]
+    valid = examples.valid.new_zeros(n_clients, longest, fan)
+    valid[client, slot] = examples.valid[inside]
+    clients = torch.arange(first, cohort.n_users, device=items.device)
+    return _Part(
+        first=first,
+        items=items.reshape(-1),
+        clients=clients.repeat_interleave(longest * fan),
+        mask=valid.reshape(n_clients, longest * fan),
+    )
 
 
 def _train_pooled(
@@ -355,10 +392,11 @@ def _train_pooled(
         user_vectors=users[:, : user_vectors.shape[1]],
         row_items=row_items,
         row_clients=row_clients,
-        row_delta=rows - item_table[row_items],
+        row_values=rows,
         row_valid=torch.ones_like(row_items, dtype=torch.bool),
         losses=losses,
         n_examples=torch.bincount(owner, minlength=n_clients).to(rows.dtype),
+        item_table=item_table,
     )
 
 
