@@ -327,6 +327,8 @@ def merge(old: Interactions, new: Interactions) -> Interactions:
     ------
     ValueError
         If a user is under another client in `new` than in `old`.
+    TypeError
+        If ids are text on one side and numbers on the other.
 
     Examples
     --------
@@ -335,47 +337,37 @@ def merge(old: Interactions, new: Interactions) -> Interactions:
     >>> both.n_users, both.n_items, len(both)
     (2, 2, 3)
     """
-    parts = [_decoded(old), _decoded(new)]
-    first, second = parts
     columns = Columns(
-        user=_concatenate(first.user, second.user, "user"),
-        item=_concatenate(first.item, second.item, "item"),
-        rating=_concatenate_optional(first.rating, second.rating),
-        timestamp=_concatenate_optional(first.timestamp, second.timestamp),
-        client=_concatenate(_row_clients(old), _row_clients(new), "client"),
+        user=_joined("user_id", old.users, old.user, new.users, new.user),
+        item=_joined("item_id", old.items, old.item, new.items, new.item),
+        rating=_both(old.rating, new.rating),
+        timestamp=_both(old.timestamp, new.timestamp),
+        client=_joined(
+            "client_id",
+            old.clients,
+            old.user_client[old.user],
+            new.clients,
+            new.user_client[new.user],
+        ),
         n_columns=2,
         feature_names=None,
     )
     return encode(columns)
 
 
-def _decoded(data: Interactions) -> Columns:
-    return Columns(
-        user=data.users.ids[data.user],
-        item=data.items.ids[data.item],
-        rating=data.rating,
-        timestamp=data.timestamp,
-        client=None,
-        n_columns=2,
-        feature_names=None,
-    )
-
-
-def _row_clients(data: Interactions) -> IdArray:
-    ids: IdArray = data.clients.ids[data.user_client[data.user]]
+def _joined(
+    name: str,
+    old: Vocabulary,
+    old_codes: NDArray[np.int64],
+    new: Vocabulary,
+    new_codes: NDArray[np.int64],
+) -> IdArray:
+    """Ids of the old and then the new rows, in a type that holds both without rounding."""
+    union = old.extend(new.ids, source="the new rows", column=name)
+    codes = [union.encode(old.ids)[0][old_codes], union.encode(new.ids)[0][new_codes]]
+    ids: IdArray = union.ids[np.concatenate(codes)]
     return ids
 
 
-def _concatenate_optional(
-    first: NDArray[Any] | None, second: NDArray[Any] | None
-) -> NDArray[Any] | None:
+def _both(first: NDArray[Any] | None, second: NDArray[Any] | None) -> NDArray[Any] | None:
     return None if first is None or second is None else np.concatenate([first, second])
-
-
-def _concatenate(first: IdArray, second: IdArray, name: str) -> IdArray:
-    if (first.dtype.kind in "US") != (second.dtype.kind in "US"):
-        raise ValueError(
-            f"The {name} ids of the new rows are {second.dtype}, those of fit {first.dtype}. "
-            "Pass ids of the same kind as in fit."
-        )
-    return np.concatenate([first, second])

@@ -40,6 +40,8 @@ class Cohort:
         Item codes, grouped by user in the order of `users`, ascending within a user.
     row_user : Tensor of shape (n,), int64
         Position in `users` of each row's user.
+    single_user : bool
+        Whether every client holds exactly one user.
     """
 
     clients: NDArray[np.int64]
@@ -48,6 +50,7 @@ class Cohort:
     counts: NDArray[np.int64]
     items: Tensor
     row_user: Tensor
+    single_user: bool
 
     @property
     def n_users(self) -> int:
@@ -63,11 +66,6 @@ class Cohort:
     def device(self) -> torch.device:
         """Where the tensors live."""
         return self.items.device
-
-    @property
-    def single_user(self) -> bool:
-        """Whether every client holds exactly one user."""
-        return self.n_users == len(self.clients)
 
     def offsets(self) -> Tensor:
         """Offsets (U + 1,) of each user's rows in `items`."""
@@ -101,6 +99,8 @@ class ClientShards:
         Where each user's rows start, in the order of `users`.
     items : Tensor of shape (n,), int64
         Item codes on the device, ascending within a user.
+    client_items : ndarray of shape (n_clients,)
+        Distinct items of each client: the rows that it would send.
     """
 
     n_clients: int
@@ -110,6 +110,7 @@ class ClientShards:
     client_offsets: NDArray[np.int64]
     row_offsets: NDArray[np.int64]
     items: Tensor
+    client_items: NDArray[np.int64]
 
     @classmethod
     def from_codes(
@@ -144,6 +145,7 @@ class ClientShards:
         order = np.lexsort((item, place[user]))
         counts = np.bincount(place[user], minlength=n_users)
         per_client = np.bincount(user_client, minlength=n_clients)
+        held = np.unique(user_client[user] * n_items + item)
         items = torch.from_numpy(np.ascontiguousarray(item[order], dtype=np.int64))
         return cls(
             n_clients=n_clients,
@@ -153,6 +155,7 @@ class ClientShards:
             client_offsets=np.concatenate([[0], np.cumsum(per_client)]).astype(np.int64),
             row_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             items=items.to(device or torch.device("cpu")),
+            client_items=np.bincount(held // max(n_items, 1), minlength=n_clients),
         )
 
     @property
@@ -258,6 +261,7 @@ class ClientShards:
             counts=counts,
             items=self.items[rows],
             row_user=torch.from_numpy(np.repeat(np.arange(len(slots)), counts)).to(self.device),
+            single_user=np.array_equal(owner, np.arange(len(clients))),
         )
 
     def _by_size(self, sizes: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

@@ -42,8 +42,9 @@ class Streams:
         return cls(int(check_random_state(random_state).randint(np.iinfo(np.int32).max)))
 
     def _sequence(self, name: str, keys: tuple[int, ...]) -> np.random.SeedSequence:
-        # crc32 and not hash(): Python salts string hashes anew in every process.
-        return np.random.SeedSequence((self.seed, zlib.crc32(name.encode()), *keys))
+        # crc32 and not hash(): Python salts string hashes anew in every process. The number of
+        # keys, since trailing zeros would not count otherwise.
+        return np.random.SeedSequence((zlib.crc32(name.encode()), len(keys), *keys, self.seed))
 
     def numpy(self, name: str, *keys: int) -> np.random.Generator:
         """Return the NumPy generator of the stream `name`, `keys`."""
@@ -58,6 +59,18 @@ class Streams:
     def key(self, name: str, *keys: int) -> int:
         """Return the 63-bit key of the stream `name`, `keys` for `counter_uniform`."""
         return int(self._sequence(name, keys).generate_state(1, np.uint64)[0] >> 1)
+
+
+def derived_key(key: int, name: str) -> int:
+    """Return a key for another purpose, so that equal counters give unrelated numbers.
+
+    Examples
+    --------
+    >>> from fedrecsk.engine.streams import derived_key
+    >>> derived_key(7, "negatives") == derived_key(7, "shuffle")
+    False
+    """
+    return Streams(key).key(name)
 
 
 def counter_uniform(key: int, *counters: torch.Tensor) -> torch.Tensor:

@@ -192,14 +192,14 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
             "n_features_in_": columns.n_columns,
             **_seen(data),
         }
-        watch = RoundWatch(self, context, base, n_rounds)
+        if columns.feature_names is not None:
+            base["feature_names_in_"] = np.array(columns.feature_names, dtype=object)
         old_history = list(self.history_) if go_on else []
+        watch = RoundWatch(self, context, base, n_rounds, old_history, X=X, y=y)
         attributes = base | self._simulate(data, watch, go_on=go_on)
         attributes["history_"] = old_history + attributes["history_"]
         attributes["n_rounds_"] = len(attributes["history_"])
-        if columns.feature_names is not None:
-            attributes["feature_names_in_"] = np.array(columns.feature_names, dtype=object)
-        elif hasattr(self, "feature_names_in_"):
+        if columns.feature_names is None and hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
         for name, value in attributes.items():
             setattr(self, name, value)
@@ -336,7 +336,7 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
         if not known.all():
             raise ValueError(
                 f"{int((~known).sum())} of {len(wanted)} items are unknown to fit, the first is "
-                f"{wanted[~known][0]!r}. Ask for ids in item_ids_."
+                f"{wanted[~known].tolist()[0]!r}. Ask for ids in item_ids_."
             )
         width = min(k, max(len(self.item_ids_) - 1, 0))
         ids = np.empty((len(codes), width), dtype=self.item_ids_.dtype)
@@ -345,7 +345,7 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
             batch = codes[start:stop]
             table = self._similarity(batch)
             table[np.arange(len(batch)), batch] = -np.inf
-            top = top_k(table, width)
+            top = top_k(table, k)[:, :width]  # the item itself is last, and alone it has no place
             ids[start:stop] = self.item_ids_[top]
             scores[start:stop] = np.take_along_axis(table, top, axis=1)
         return ids, scores
@@ -430,22 +430,37 @@ class RoundWatch:
     base : dict
         Fitted attributes that do not depend on the round.
     n_rounds : int
+    old_history : list of dict
+        Rounds of earlier fits that this one goes on from.
+    X, y
+        What the caller passed, for callbacks.
     """
 
     def __init__(
-        self, estimator: BaseRecommender, context: Any, base: Attributes, n_rounds: int
+        self,
+        estimator: BaseRecommender,
+        context: Any,
+        base: Attributes,
+        n_rounds: int,
+        old_history: list[Record],
+        *,
+        X: Any,
+        y: Any,
     ) -> None:
         self._estimator = estimator
         self._context = context
         self._base = base
         self._n_rounds = n_rounds
+        self._old_history = old_history
+        self._X = X
+        self._y = y
         self._round: Any = None
         self._history: list[Record] = []
 
     def begin(self) -> None:
         """Open a round's task."""
         self._round = self._context.subcontext(task_name="round")
-        self._round.call_on_fit_task_begin(estimator=self._estimator)
+        self._round.call_on_fit_task_begin(estimator=self._estimator, X=self._X, y=self._y)
 
     def end(self, record: Record, attributes: Callable[[], Attributes]) -> bool:
         """Close the round's task; True if a callback asks to stop."""
@@ -453,20 +468,21 @@ class RoundWatch:
         self._print(record)
         stop = self._round.call_on_fit_task_end(
             estimator=self._estimator,
-            metadata=None,
+            X=self._X,
+            y=self._y,
             # Built only where a callback asks for a fitted estimator.
-            reconstruction_attributes=lambda: (
-                self._base
-                | attributes()
-                | {"history_": list(self._history), "n_rounds_": len(self._history)}
-            ),
+            reconstruction_attributes=lambda: self._fitted(attributes()),
         )
         return bool(stop)
+
+    def _fitted(self, attributes: Attributes) -> Attributes:
+        history = self._old_history + self._history
+        return self._base | attributes | {"history_": history, "n_rounds_": len(history)}
 
     def _print(self, record: Record) -> None:
         verbose = int(getattr(self._estimator, "verbose", 0))
         done = len(self._history)
-        every = 1 if verbose > 1 else max(1, self._n_rounds // 10)
+        every = 1 if verbose > 1 else -(-self._n_rounds // 10)
         if not verbose or (done % every and done not in (1, self._n_rounds)):
             return
         parts = [

@@ -43,6 +43,7 @@ class FedAvgRecommender(BaseRecommender):
     l2 : float or "auto", default="auto"
     l2_exponent : float in [0, 1], default=0.75
     unobserved_weight : float or "auto", default="auto"
+    item_curvature : bool, default=True
     init_scale : float or "auto", default="auto"
     optimizer : {"sgd", "momentum", "adam"}, default="sgd"
     item_bias : bool, default=True
@@ -103,6 +104,7 @@ class FedAvgRecommender(BaseRecommender):
         l2: float | Literal["auto"] = "auto",
         l2_exponent: float = 0.75,
         unobserved_weight: float | Literal["auto"] = "auto",
+        item_curvature: bool = True,
         init_scale: float | Literal["auto"] = "auto",
         optimizer: OptimizerName = "sgd",
         item_bias: bool = True,
@@ -131,6 +133,7 @@ class FedAvgRecommender(BaseRecommender):
         self.l2 = l2
         self.l2_exponent = l2_exponent
         self.unobserved_weight = unobserved_weight
+        self.item_curvature = item_curvature
         self.init_scale = init_scale
         self.optimizer = optimizer
         self.item_bias = item_bias
@@ -163,6 +166,7 @@ class FedAvgRecommender(BaseRecommender):
             l2=self.l2,
             l2_exponent=self.l2_exponent,
             unobserved_weight=self.unobserved_weight,
+            item_curvature=self.item_curvature,
             init_scale=self.init_scale,
             optimizer=self.optimizer,
             item_weighting="fedavg",

@@ -7,7 +7,7 @@ round as a function, the rest is the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -166,7 +166,10 @@ def fit_factors(
         users, table = _take_over(users, table, data, previous)
         first_round = int(previous["n_rounds_"])
     state = FactorState.start(users, table, server_optimizer, first_round=first_round)
+    if previous is not None:
+        state = replace(state, times_sampled=_times_sampled_before(state, data, previous))
     everybody = np.arange(shards.n_clients)
+    round_now = first_round
 
     def attributes(state: FactorState) -> Attributes:
         users = state.user_factors if refit is None else refit(state, shards, everybody)
@@ -182,26 +185,48 @@ def fit_factors(
 
         stopping = EarlyStopping(evaluate=evaluate, n_iter_no_change=n_iter_no_change, tol=tol)
 
+    def round_begins() -> None:
+        nonlocal round_now
+        round_now += 1
+        watch.begin()
+
     def round_ended(state: FactorState, record: Record) -> bool:
         return watch.end(record, lambda: attributes(state))
 
-    result = run_rounds(
-        lambda state, t: step(state, shards, t),
-        state,
-        n_rounds=n_rounds,
-        first_round=first_round,
-        early_stopping=stopping,
-        on_round_begin=watch.begin,
-        on_round_end=round_ended,
-    )
-    fitted = attributes(result.state)
-    for name in ("user_factors_", "item_factors_"):
-        if not np.isfinite(fitted[name]).all():
-            raise FloatingPointError(
-                f"Training diverged: {name} is not finite after round {result.history[-1]['round']}"
-                ". Lower learning_rate or server_learning_rate, or raise l2."
-            )
+    try:
+        result = run_rounds(
+            lambda state, t: step(state, shards, t),
+            state,
+            n_rounds=n_rounds,
+            first_round=first_round,
+            early_stopping=stopping,
+            on_round_begin=round_begins,
+            on_round_end=round_ended,
+        )
+        fitted = attributes(result.state)
+    # torch documents the name but does not list it for type checkers.
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        # Vectors so large, or so alike without a penalty, that the equations have no solution.
+        raise _diverged("vectors cannot be solved for", round_now) from error
+    if not _largest_score(fitted, n_factors) < float(np.finfo(np.float32).max):
+        raise _diverged("the scores are not finite", round_now)
     return {**fitted, "history_": result.history}
+
+
+def _largest_score(fitted: Attributes, n_factors: int) -> float:
+    """Bound the scores from above; NaN if a factor is."""
+    user, item, bias = (
+        float(np.abs(fitted[name]).max(initial=0.0))
+        for name in ("user_factors_", "item_factors_", "item_bias_")
+    )
+    return n_factors * user * item + bias
+
+
+def _diverged(what: str, round_now: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"Training diverged: {what} in round {round_now}. Lower learning_rate or "
+        "server_learning_rate, or raise l2."
+    )
 
 
 def make_shards(
@@ -237,6 +262,15 @@ def _take_over(
         codes, known = Vocabulary(old_ids).encode(ids)
         new[torch.from_numpy(known)] = torch.from_numpy(old[codes[known]]).to(new)
     return users, table
+
+
+def _times_sampled_before(state: FactorState, data: Interactions, previous: Attributes) -> Tensor:
+    """Count the rounds (n_users,) in which each user took part before; new users have none."""
+    times = state.times_sampled.clone()
+    codes, known = Vocabulary(previous["user_ids_"]).encode(data.users.ids)
+    counted = previous["times_sampled_"][codes[known]]
+    times[torch.from_numpy(known)] = torch.from_numpy(counted).to(times)
+    return times
 
 
 def _fitted(users: Tensor, state: FactorState, n_factors: int) -> Attributes:

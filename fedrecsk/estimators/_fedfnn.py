@@ -50,6 +50,7 @@ FACTOR_CONSTRAINTS: Constraints = {
     "objective": [StrOptions({"whole-data", "bce"})],
     "l2_exponent": [Interval(Real, 0, 1, closed="both")],
     "unobserved_weight": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
+    "item_curvature": ["boolean"],
     "init_scale": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
     "optimizer": [StrOptions({"sgd", "momentum", "adam"})],
     "server_optimizer": [StrOptions({"sgd", "momentum", "adam"})],
@@ -97,6 +98,9 @@ class FedFNNRecommender(BaseRecommender):
     unobserved_weight : float or "auto", default="auto"
         Weight of an unobserved pair against 1 of an observed one (``"whole-data"``). ``"auto"``:
         30 times the density of the data, at most 1.
+    item_curvature : bool, default=True
+        Let clients send one more number per item, the curvature along its vector, so that the
+        server's steps fit sparse catalogues (``"whole-data"``).
     init_scale : float or "auto", default="auto"
         Standard deviation of the random start; 0.01 for ``"whole-data"``, 0.1 for ``"bce"``.
     optimizer : {"sgd", "momentum", "adam"}, default="sgd"
@@ -224,6 +228,7 @@ class FedFNNRecommender(BaseRecommender):
         l2: float | Literal["auto"] = "auto",
         l2_exponent: float = 0.75,
         unobserved_weight: float | Literal["auto"] = "auto",
+        item_curvature: bool = True,
         init_scale: float | Literal["auto"] = "auto",
         optimizer: OptimizerName = "sgd",
         item_weighting: ItemWeighting = "count",
@@ -259,6 +264,7 @@ class FedFNNRecommender(BaseRecommender):
         self.l2 = l2
         self.l2_exponent = l2_exponent
         self.unobserved_weight = unobserved_weight
+        self.item_curvature = item_curvature
         self.init_scale = init_scale
         self.optimizer = optimizer
         self.item_weighting = item_weighting
@@ -299,6 +305,7 @@ class FedFNNRecommender(BaseRecommender):
             l2=self.l2,
             l2_exponent=self.l2_exponent,
             unobserved_weight=self.unobserved_weight,
+            item_curvature=self.item_curvature,
             init_scale=self.init_scale,
             optimizer=self.optimizer,
             item_weighting=self.item_weighting,
@@ -361,6 +368,7 @@ def simulate_fedfnn(
     l2: float | Literal["auto"],
     l2_exponent: float,
     unobserved_weight: float | Literal["auto"],
+    item_curvature: bool,
     init_scale: float | Literal["auto"],
     optimizer: OptimizerName,
     item_weighting: ItemWeighting,
@@ -473,6 +481,7 @@ def simulate_fedfnn(
                 penalty=penalty,
                 server_learning_rate=None if server_rate == "auto" else float(server_rate),
                 decay=STATISTICS_DECAY,
+                item_curvature=item_curvature,
                 # A refit replaces every predicted vector, and nothing else reads them.
                 predictor=None if refit else predictor,
                 discount=discount,

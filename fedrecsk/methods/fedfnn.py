@@ -275,6 +275,7 @@ def whole_data_step(
     penalty: whole_data.Penalty,
     server_learning_rate: float | None,
     decay: float,
+    item_curvature: bool,
     predictor: PredictorName | None,
     discount: float,
     discount_decay: float,
@@ -289,7 +290,7 @@ def whole_data_step(
     ----------
     state, shards, t, streams, n_sampled
         As in `bce_step`.
-    unobserved_weight, penalty, decay
+    unobserved_weight, penalty, decay, item_curvature
         See `fedrecsk.models.whole_data`.
     server_learning_rate : float or None
         η; None follows from the participation, `whole_data.default_rate`.
@@ -333,6 +334,7 @@ def whole_data_step(
         mean_rows=len(shards.items) / shards.n_items,
         rate=rate,
         decay=decay,
+        item_curvature=item_curvature,
     )
     trained = replace(state, user_factors=user_factors, item_table=moved, statistics=statistics)
     new, logs = _after_training(
@@ -355,7 +357,8 @@ def whole_data_step(
     traffic = {
         "bytes_down": len(delegates) * dense_bytes(tuple(items.shape), (d, d)),
         # A row carries the pull on the item, its count and its curvature.
-        "bytes_up": sparse_row_bytes(total.n_rows, d + 2) + len(delegates) * dense_bytes((d, d)),
+        "bytes_up": sparse_row_bytes(int(shards.client_items[delegates].sum()), d + 2)
+        + len(delegates) * dense_bytes((d, d)),
     }
     return new, {**logs, **traffic}
 

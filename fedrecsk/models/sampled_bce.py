@@ -19,6 +19,7 @@ An item bias is the last column of the item table; users then carry a constant 1
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from fedrecsk.engine.local import Optimizer, apply_gradients, init_moments
 from fedrecsk.engine.mixing import scatter_sum
 from fedrecsk.engine.shards import Cohort
-from fedrecsk.engine.streams import counter_uniform
+from fedrecsk.engine.streams import counter_uniform, derived_key
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,23 +141,21 @@ def draw_examples(
     per_stratum = n_strata.clamp_min(1)
     low = stratum * unseen // per_stratum
     width = (stratum + 1) * unseen // per_stratum - low
-    within = counter_uniform(key, user[:, None], stratum) * width
-    offset = counter_uniform(key, cohort.users, cohort.users.new_full((1,), -2)) * (
-        n_items - counts
-    )
+    within = counter_uniform(derived_key(key, "negatives"), user[:, None], stratum) * width
+    offset = counter_uniform(derived_key(key, "offset"), cohort.users) * (n_items - counts)
     rank = (low + within.long() + offset.long()[cohort.row_user][:, None]) % unseen.clamp_min(1)
     negatives = _unseen_item(cohort, rank, n_items, valid)
 
     items = torch.cat([cohort.items[:, None], negatives], dim=1)
     keep = torch.cat([torch.ones_like(valid[:, :1]), valid], dim=1)
     client_rows = np.bincount(cohort.owner.cpu().numpy(), cohort.counts)
-    largest = int(client_rows.max(initial=1))
+    largest = max(1, int(client_rows.max(initial=0)))
     per_batch = largest if batch_size is None else max(1, batch_size // (1 + n_negatives))
-    rank = _shuffled_rank(cohort, key) if batch_size is not None else cohort.position()
+    rank = _rank_in_client(cohort, derived_key(key, "shuffle"), shuffle=batch_size is not None)
     return LocalExamples(
         items=items,
         valid=keep,
-        batch=rank // per_batch if batch_size is not None else torch.zeros_like(rank),
+        batch=rank // per_batch,
         slot=rank % per_batch,
         n_batches=-(-largest // per_batch),
         per_batch=per_batch,
@@ -174,11 +173,13 @@ def _unseen_item(cohort: Cohort, rank: Tensor, n_items: int, valid: Tensor) -> T
     return torch.where(valid, rank + below, cohort.items[:, None])
 
 
-def _shuffled_rank(cohort: Cohort, key: int) -> Tensor:
-    """Return each row's place (n,) in a random order of its client's rows."""
+def _rank_in_client(cohort: Cohort, key: int, *, shuffle: bool) -> Tensor:
+    """Return each row's place (n,) among its client's rows, in a random order if `shuffle`."""
     owner = cohort.owner[cohort.row_user]
-    shuffle = counter_uniform(key, cohort.users[cohort.row_user], cohort.items)
-    order = torch.argsort(owner.to(torch.float64) + shuffle, stable=True)
+    order = torch.arange(cohort.n_rows, device=owner.device)
+    if shuffle:
+        chance = counter_uniform(key, cohort.users[cohort.row_user], cohort.items)
+        order = torch.argsort(owner.to(torch.float64) + chance, stable=True)
     per_client = torch.bincount(owner, minlength=len(cohort.clients))
     starts = per_client.cumsum(0) - per_client
     rank = torch.empty_like(order)
@@ -260,7 +261,7 @@ def _train_fused(
     rows = item_table.index_select(0, row_items)
     ends = np.cumsum([len(part.items) for part in layout])
     parts = [
-        (part.first, part.mask.to(rows.dtype), block.reshape(*part.mask.shape, -1))
+        (part.first, part.mask.to(rows.dtype), block.reshape(*part.mask.shape, rows.shape[1]))
         for part, block in zip(layout, torch.tensor_split(rows, ends[:-1].tolist()), strict=True)
     ]
     label = item_table.new_zeros(examples.per_batch, fan)
@@ -321,7 +322,8 @@ class _Part:
 def _lay_out(cohort: Cohort, examples: LocalExamples, number: int) -> _Part:
     """Lay mini-batch `number` of every client that has one side by side, padded to the longest."""
     first = int((cohort.counts <= number * examples.per_batch).sum())
-    longest = min(examples.per_batch, int(cohort.counts[-1]) - number * examples.per_batch)
+    most = int(cohort.counts.max(initial=0))
+    longest = max(0, min(examples.per_batch, most - number * examples.per_batch))
     n_clients, fan = cohort.n_users - first, examples.items.shape[1]
     inside = torch.nonzero(examples.batch == number)[:, 0]
     client, slot = cohort.row_user[inside] - first, examples.slot[inside]
@@ -352,52 +354,126 @@ def _train_pooled(
     """Any number of users a client, any optimiser: flat lists of examples."""
     n_items, n_clients = len(item_table), len(cohort.clients)
     fan = examples.items.shape[1]
-    keep = examples.valid.reshape(-1)
-    item = examples.items.reshape(-1)[keep]
-    user = cohort.row_user.repeat_interleave(fan)[keep]
-    batch = examples.batch.repeat_interleave(fan)[keep]
+    # Flat examples in the order of their local step, so that a step is a slice.
+    by_step = torch.argsort(examples.batch, stable=True)
+    keep = examples.valid[by_step].reshape(-1)
+    item = examples.items[by_step].reshape(-1)[keep]
+    user = cohort.row_user[by_step].repeat_interleave(fan)[keep]
     label = torch.zeros_like(examples.valid, dtype=item_table.dtype)
     label[:, 0] = 1.0
     label = label.reshape(-1)[keep]
     owner = cohort.owner[user]
     pairs, row = torch.unique(owner * n_items + item, return_inverse=True)
     row_items, row_clients = pairs % n_items, pairs // n_items
+    sizes = examples.valid.sum(1)[by_step]
+    per_step = torch.zeros(examples.n_batches, dtype=torch.int64, device=item.device)
+    per_step.index_add_(0, examples.batch[by_step], sizes)
+    ends = [0, *per_step.cumsum(0).tolist()]
+    steps = [slice(start, stop) for start, stop in pairwise(ends)]
 
-    rows = item_table[row_items].clone()
+    rows = item_table.index_select(0, row_items)
     users, trainable = _with_constant(user_vectors, item_bias)
-    user_moments = init_moments({"user": users}, optimizer)
-    row_moments = init_moments({"row": rows}, optimizer)
+    update = _SparseSgd if optimizer.name == "sgd" else _DenseUpdate
+    apply = update(users, rows, trainable, cohort.owner, row_clients, n_clients, optimizer)
     losses = rows.new_zeros(n_clients)
-    steps = [torch.nonzero(batch == b)[:, 0] for b in range(examples.n_batches)]
     for epoch in range(local_epochs):
-        for chosen in steps:
-            i, u, y = row[chosen], user[chosen], label[chosen]
-            score = (users[u] * rows[i]).sum(1)
+        for step in steps:
+            i, u, y, client = row[step], user[step], label[step], owner[step]
+            vec, block = apply.users.index_select(0, u), apply.rows.index_select(0, i)
+            score = (vec * block).sum(1)
             error = (torch.sigmoid(score) - y)[:, None]
             if epoch == 0:
                 loss = torch.nn.functional.softplus(score) - y * score
-                losses += scatter_sum(loss[:, None], owner[chosen], n_clients)[:, 0]
-            user_grad = scatter_sum(error * rows[i] + l2 * users[u], u, len(users)) * trainable
-            row_grad = scatter_sum(error * users[u] + l2 * rows[i], i, len(rows))
-            active = torch.zeros(n_clients, dtype=torch.bool, device=rows.device)
-            active[owner[chosen]] = True
-            new_users, user_moments = apply_gradients(
-                {"user": users}, {"user": user_grad}, user_moments, active[cohort.owner], optimizer
-            )
-            new_rows, row_moments = apply_gradients(
-                {"row": rows}, {"row": row_grad}, row_moments, active[row_clients], optimizer
-            )
-            users, rows = new_users["user"], new_rows["row"]
+                losses += scatter_sum(loss[:, None], client, n_clients)[:, 0]
+            apply.step(u, i, client, error * block + l2 * vec, error * vec + l2 * block)
     return LocalResult(
-        user_vectors=users[:, : user_vectors.shape[1]],
+        user_vectors=apply.users[:, : user_vectors.shape[1]],
         row_items=row_items,
         row_clients=row_clients,
-        row_values=rows,
+        row_values=apply.rows,
         row_valid=torch.ones_like(row_items, dtype=torch.bool),
         losses=losses,
         n_examples=torch.bincount(owner, minlength=n_clients).to(rows.dtype),
         item_table=item_table,
     )
+
+
+class _SparseSgd:
+    """Plain SGD moves only the users and rows of the mini-batch, in buffers it owns."""
+
+    def __init__(
+        self,
+        users: Tensor,
+        rows: Tensor,
+        trainable: Tensor,
+        user_clients: Tensor,
+        row_clients: Tensor,
+        n_clients: int,
+        optimizer: Optimizer,
+    ) -> None:
+        self.users, self.rows = users, rows
+        self._trainable, self._rate = trainable, optimizer.learning_rate
+
+    def step(
+        self, user: Tensor, row: Tensor, client: Tensor, user_grad: Tensor, row_grad: Tensor
+    ) -> None:
+        """Descend by the gradients (L, width) of the examples (L,)."""
+        for table, index, grad in (
+            (self.users, user, user_grad * self._trainable),
+            (self.rows, row, row_grad),
+        ):
+            if table.device.type == "cpu":
+                table.index_add_(0, index, grad, alpha=-self._rate)
+            else:  # a GPU's index_add_ adds in no fixed order
+                table -= self._rate * scatter_sum(grad, index, len(table))
+
+
+class _DenseUpdate:
+    """Momentum and Adam move everything that a client with a mini-batch holds."""
+
+    def __init__(
+        self,
+        users: Tensor,
+        rows: Tensor,
+        trainable: Tensor,
+        user_clients: Tensor,
+        row_clients: Tensor,
+        n_clients: int,
+        optimizer: Optimizer,
+    ) -> None:
+        self.users, self.rows = users, rows
+        self._trainable, self._optimizer = trainable, optimizer
+        self._owners = {"user": user_clients, "row": row_clients}
+        self._n_clients = n_clients
+        self._user_moments = init_moments({"user": users}, optimizer)
+        self._row_moments = init_moments({"row": rows}, optimizer)
+
+    def step(
+        self, user: Tensor, row: Tensor, client: Tensor, user_grad: Tensor, row_grad: Tensor
+    ) -> None:
+        """Make one optimiser step by the gradients (L, width) of the examples (L,)."""
+        active = torch.zeros(self._n_clients, dtype=torch.bool, device=client.device)
+        active[client] = True
+        grads = {
+            "user": scatter_sum(user_grad, user, len(self.users)) * self._trainable,
+            "row": scatter_sum(row_grad, row, len(self.rows)),
+        }
+        moved, self._user_moments = apply_gradients(
+            {"user": self.users},
+            grads,
+            self._user_moments,
+            active[self._owners["user"]],
+            self._optimizer,
+        )
+        self.users = moved["user"]
+        moved, self._row_moments = apply_gradients(
+            {"row": self.rows},
+            grads,
+            self._row_moments,
+            active[self._owners["row"]],
+            self._optimizer,
+        )
+        self.rows = moved["row"]
 
 
 def refit_users(
@@ -441,7 +517,7 @@ def refit_users(
     valid = examples.valid.new_zeros(cohort.n_users, longest, fan)
     valid[cohort.row_user, cohort.position()] = examples.valid
     mask = valid.reshape(cohort.n_users, -1).to(item_table.dtype)
-    rows = item_table[items.reshape(-1)].reshape(cohort.n_users, longest * fan, -1)
+    rows = item_table[items.reshape(-1)].reshape(*mask.shape, item_table.shape[1])
     label = torch.zeros_like(mask)
     label[:, ::fan] = 1.0
     factors = rows[:, :, :width]

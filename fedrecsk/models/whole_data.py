@@ -36,6 +36,8 @@ from fedrecsk.engine.shards import Cohort
 
 # Keeps solves regular where a user or an item has no data at all.
 JITTER = 1e-6
+# Smallest eigenvalue of the Gram matrix in a server step, relative to the largest.
+FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,7 @@ def server_step(
     mean_rows: float,
     rate: float,
     decay: float,
+    item_curvature: bool = True,
 ) -> tuple[Tensor, ServerStatistics]:
     """Move the item table by one quasi-Newton step from the cohort's sums.
 
@@ -254,6 +257,8 @@ def server_step(
         η.
     decay : float
         Of the running averages.
+    item_curvature : bool, default=True
+        Whether H_i has the rank-one term.
 
     Returns
     -------
@@ -275,13 +280,15 @@ def server_step(
 
     # One eigenbasis serves all items: there H_i is diagonal plus the rank-one term.
     values, basis = torch.linalg.eigh(new.gram / weight)
-    values = values.clamp_min(0.0)
+    # Directions that no user has shown yet carry no gradient but rounding; a floor relative to
+    # the others keeps it from being blown up.
+    values = values.clamp_min(FLOOR * values[-1])
     shape = (counts / n_users)[:, None] * values
     diagonal = unobserved_weight * values + shape + ridge  # (n_items, d)
     norm = item_factors.norm(dim=1, keepdim=True).clamp_min(1e-12)
     along = (item_factors / norm) @ basis
     observed = new.curvature / weight / norm[:, 0] ** 2
-    missing = (observed - (shape * along**2).sum(1)).clamp_min(0.0)
+    missing = (observed - (shape * along**2).sum(1)).clamp_min(0.0) * float(item_curvature)
     step = grad @ basis / diagonal
     turned = along / diagonal
     # Sherman and Morrison: (D + m a aᵀ)^-1 g = D^-1 g - m (a·D^-1 g)/(1 + m a·D^-1 a) D^-1 a
