@@ -182,7 +182,7 @@ class ClientShards:
 
     def users_of(self, clients: NDArray[np.int64]) -> NDArray[np.int64]:
         """User codes held by `clients`, in their order."""
-        return self.users[_ranges(self.client_offsets, clients)]
+        return self.users[concatenate_ranges(self.client_offsets, clients)]
 
     def cohort(self, clients: NDArray[np.int64]) -> Cohort:
         """Cut out some clients with all their users.
@@ -199,7 +199,7 @@ class ClientShards:
         clients = np.asarray(clients, dtype=np.int64)
         per_client = np.diff(self.client_offsets)[clients]
         owner = np.repeat(np.arange(len(clients)), per_client)
-        return self._cut(clients, _ranges(self.client_offsets, clients), owner)
+        return self._cut(clients, concatenate_ranges(self.client_offsets, clients), owner)
 
     def chunks(
         self, clients: NDArray[np.int64], *, rows_per_interaction: int = 1
@@ -242,7 +242,7 @@ class ClientShards:
             One entry of ``clients`` per user, so a client can appear several times.
         """
         clients = np.asarray(clients, dtype=np.int64)
-        slots = _ranges(self.client_offsets, clients)
+        slots = concatenate_ranges(self.client_offsets, clients)
         holder = np.repeat(clients, np.diff(self.client_offsets)[clients])
         sizes = np.diff(self.row_offsets)[slots]
         for part in self._by_size(sizes * rows_per_interaction):
@@ -253,7 +253,7 @@ class ClientShards:
     ) -> Cohort:
         """Build a cohort from places in `users` and the position of each one's client."""
         counts = np.diff(self.row_offsets)[slots]
-        rows = torch.from_numpy(_ranges(self.row_offsets, slots)).to(self.device)
+        rows = torch.from_numpy(concatenate_ranges(self.row_offsets, slots)).to(self.device)
         return Cohort(
             clients=clients,
             users=torch.from_numpy(self.users[slots]).to(self.device),
@@ -279,8 +279,16 @@ class ClientShards:
             start = stop
 
 
-def _ranges(offsets: NDArray[np.int64], which: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Concatenate the index ranges ``offsets[w]:offsets[w + 1]`` for each w of `which`."""
+def concatenate_ranges(offsets: NDArray[np.int64], which: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Concatenate the index ranges ``offsets[w]:offsets[w + 1]`` for each w of `which`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fedrecsk.engine.shards import concatenate_ranges
+    >>> concatenate_ranges(np.array([0, 2, 2, 5]), np.array([2, 0])).tolist()
+    [2, 3, 4, 0, 1]
+    """
     starts = offsets[which]
     lengths = offsets[which + 1] - starts
     ends = np.cumsum(lengths)

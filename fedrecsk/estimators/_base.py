@@ -6,11 +6,12 @@ A subclass fills two hooks: `_simulate` runs the federation and returns fitted a
 
 from __future__ import annotations
 
+import functools
 import warnings
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +22,7 @@ from sklearn.utils.validation import check_is_fitted
 from fedrecsk.data.interactions import Columns, Interactions, encode, merge, read_columns
 from fedrecsk.data.vocabulary import Vocabulary
 from fedrecsk.engine.rounds import Record
+from fedrecsk.engine.shards import concatenate_ranges
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
 from fedrecsk.exceptions import NothingHeldOutError, NothingHeldOutWarning, UnknownIdWarning
 from fedrecsk.metrics.ranking import check_k, top_k
@@ -56,6 +58,24 @@ SHARED_CONSTRAINTS: Constraints = {
     "random_state": ["random_state"],
     "verbose": ["verbose"],
 }
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _client_ids_by_name(method: Method) -> Method:
+    """Take ``client_ids`` by name also where a pipeline fills the place of ``y`` with None.
+
+    With metadata routing, Pipeline and GridSearchCV.score call ``method(X, None, client_ids=...)``.
+    """
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **named: Any) -> Any:
+        if len(args) > 1 and args[1] is None and "client_ids" in named:
+            args = (args[0], named.pop("client_ids"), *args[2:])
+        return method(self, *args, **named)
+
+    return cast(Method, call)
 
 
 class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
@@ -118,6 +138,7 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
 
     # ------------------------------------------------------------------ fitting
 
+    @_client_ids_by_name
     @with_callbacks
     def fit(self, interactions: Any, client_ids: ArrayLike | None = None) -> Self:
         """Train on interactions held by clients.
@@ -148,6 +169,7 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
         go_on = bool(getattr(self, "warm_start", False)) and self.__sklearn_is_fitted__()
         return self._run(data, columns, go_on=go_on, X=interactions, y=client_ids)
 
+    @_client_ids_by_name
     @with_callbacks
     def partial_fit(self, interactions: Any, client_ids: ArrayLike | None = None) -> Self:
         """Go on from the fitted state with new rows, users and items.
@@ -350,6 +372,7 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
             scores[start:stop] = np.take_along_axis(table, top, axis=1)
         return ids, scores
 
+    @_client_ids_by_name
     def score(
         self,
         interactions: Any,
@@ -384,7 +407,8 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
         except NothingHeldOutError as error:
             # Training scores of learning_curve and GridSearchCV ask for this; it must not end
             # the search.
-            warnings.warn(f"The score is nan. {error}", NothingHeldOutWarning, stacklevel=2)
+            # Level 3: the caller, behind the decorator.
+            warnings.warn(f"The score is nan. {error}", NothingHeldOutWarning, stacklevel=3)
             return float("nan")
 
     def _read_known(self, interactions: Any) -> Columns:
@@ -411,11 +435,8 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
     def _seen_places(self, users: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return (row in the batch, item code) of everything the users had in fit."""
         known = np.flatnonzero(users >= 0)
-        starts = self.seen_indptr_[users[known]]
-        lengths = self.seen_indptr_[users[known] + 1] - starts
-        ends = np.cumsum(lengths)
-        total = int(ends[-1]) if len(ends) else 0
-        places = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+        places = concatenate_ranges(self.seen_indptr_, users[known])
+        lengths = np.diff(self.seen_indptr_)[users[known]]
         return np.repeat(known, lengths), self.seen_indices_[places]
 
 
@@ -469,7 +490,7 @@ class RoundWatch:
         stop = self._round.call_on_fit_task_end(
             estimator=self._estimator,
             X=self._X,
-            y=self._y,
+            y=self._y,  # and no metadata, which callbacks hand on to scorers as arguments
             # Built only where a callback asks for a fitted estimator.
             reconstruction_attributes=lambda: self._fitted(attributes()),
         )

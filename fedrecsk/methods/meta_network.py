@@ -32,6 +32,9 @@ HIDDEN_UNITS = 32
 TRAINING_STEPS = 60
 # Below this there are too few delegates to fit anything and to check it.
 MIN_DELEGATES = 5
+# Above this a random sample of the delegates does: it holds all that so small a network can
+# learn, and the cost of a round stays that of the clients.
+MAX_DELEGATES = 1_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +97,10 @@ def predict_updates(
     n = len(before)
     if n < MIN_DELEGATES or len(query) == 0:
         return _nothing(f"{n} delegates" if len(query) else "nobody to predict for")
+    if n > MAX_DELEGATES:
+        chosen = np.random.default_rng(seed).choice(n, MAX_DELEGATES, replace=False)
+        sample = torch.from_numpy(np.sort(chosen)).to(before.device)
+        before, deltas, n = before[sample], deltas[sample], MAX_DELEGATES
     scale = deltas.square().mean().sqrt()
     if not bool(torch.isfinite(scale)) or float(scale) == 0.0:
         return _nothing("updates are zero or not finite")

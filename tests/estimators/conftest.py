@@ -1,0 +1,134 @@
+"""The estimators under test, with fast settings, and data with an obvious answer."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+
+from fedrecsk import FedAvgRecommender, FedFNNRecommender, PopularityRecommender
+
+N_USERS, N_ITEMS = 40, 20
+
+FAST = {"n_factors": 4, "n_rounds": 8, "random_state": 0}
+TRAINABLE = {
+    "fedfnn-whole-data": FedFNNRecommender(**FAST),
+    # Without refit the predicted vectors count, and users are as old as their last round.
+    "fedfnn-whole-data-no-refit": FedFNNRecommender(
+        **FAST | {"n_rounds": 30}, predictor="linear", refit=False
+    ),
+    # The MLP trains two networks a round in cross-validation: most of the time of the suite.
+    "fedfnn-bce-mlp": FedFNNRecommender(
+        **FAST | {"n_rounds": 4}, objective="bce", clients_per_round=0.5, cv=2
+    ),
+    **{
+        f"fedfnn-bce-{predictor}": FedFNNRecommender(**FAST, objective="bce", predictor=predictor)
+        for predictor in ("linear", "cluster", None)
+    },
+    # The two tastes cancel out in a mean, so the gate would never let it through.
+    "fedfnn-bce-mean": FedFNNRecommender(**FAST, objective="bce", predictor="mean", gate=False),
+    "fedavg-bce": FedAvgRecommender(**FAST),
+    "fedavg-whole-data": FedAvgRecommender(**FAST, objective="whole-data"),
+}
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+TRAINABLE_ON = {
+    f"{name}-{device}": clone(estimator).set_params(device=device)
+    for name, estimator in TRAINABLE.items()
+    for device in DEVICES
+}
+ALL = {"popularity": PopularityRecommender(), **TRAINABLE_ON}
+TYPICAL = ("popularity", "fedfnn-whole-data", "fedfnn-bce-linear", "fedavg-bce")
+
+
+def pytest_generate_tests(metafunc):
+    """Run a test once for each estimator and device, for those that learn, or for a few."""
+    if "case" in metafunc.fixturenames:
+        cases = list(TRAINABLE_ON if "trainable" in metafunc.fixturenames else ALL)
+        if "typical" in metafunc.fixturenames:
+            cases = [case for case in cases if case.removesuffix("-cpu") in TYPICAL]
+        metafunc.parametrize("case", cases)
+
+
+@pytest.fixture
+def trainable(case):
+    """An unfitted estimator that learns, one of all."""
+    return clone(TRAINABLE_ON[case])
+
+
+@pytest.fixture
+def estimator(case):
+    """An unfitted estimator, one of all."""
+    return clone(ALL[case])
+
+
+@pytest.fixture
+def typical(case):
+    """An unfitted estimator, one of a few, for tests of what all of them share."""
+    return clone(ALL[case])
+
+
+@pytest.fixture
+def fitted(case, obvious, _fitted_once):
+    """An estimator fitted on `obvious`, shared by the tests that only look at it."""
+    if case not in _fitted_once:
+        _fitted_once[case] = clone(ALL[case]).fit(obvious)
+    return _fitted_once[case]
+
+
+@pytest.fixture(scope="session")
+def _fitted_once():
+    return {}
+
+
+@pytest.fixture(scope="session")
+def obvious():
+    """Even users have all even items, odd users all odd ones, but each user lacks one.
+
+    User u lacks item u % 20, which is of its own parity: that one must come first.
+    """
+    rows = [
+        [user, item]
+        for user in range(N_USERS)
+        for item in range(N_ITEMS)
+        if user % 2 == item % 2 and item != user % N_ITEMS
+    ]
+    X = np.array(rows)
+    X.setflags(write=False)
+    return X
+
+
+@pytest.fixture(scope="session")
+def arrays_of():
+    """Give a function that lists what `fit` left: all but the seconds that rounds took."""
+    return _arrays_of
+
+
+@pytest.fixture(scope="session")
+def assert_same_fit():
+    """Give a function that demands two fits to be equal to the last bit."""
+    return _assert_same_fit
+
+
+def _arrays_of(estimator):
+    fitted = {
+        name: value
+        for name, value in vars(estimator).items()
+        if name.endswith("_") and not name.startswith("_")
+    }
+    fitted["history_"] = [
+        {key: value for key, value in record.items() if key != "seconds"}
+        for record in fitted["history_"]
+    ]
+    interactions = estimator._interactions
+    for field in dataclasses.fields(interactions):
+        value = getattr(interactions, field.name)
+        fitted[f"interactions.{field.name}"] = getattr(value, "ids", value)
+    return fitted
+
+
+def _assert_same_fit(one, other):
+    ours, theirs = _arrays_of(one), _arrays_of(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name, strict=name != "history_")

@@ -1,0 +1,1 @@
+"""Slow and literal versions of the fast paths, one client at a time."""

@@ -1,0 +1,420 @@
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import BaseEstimator
+
+from fedrecsk import FedFNNRecommender, PopularityRecommender
+from fedrecsk.datasets import make_interactions
+from fedrecsk.metrics import evaluate
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    """Import a script of the benchmarks folder, which is no package, as Python runs it."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+common, accuracy = script("_common"), script("accuracy")
+cohort_speed, tables = script("cohort_speed"), script("tables")
+
+
+@pytest.fixture(scope="module")
+def data():
+    made = make_interactions(40, 60, 2, mean_interactions=12, random_state=0)
+    return common.Data("tiny", made.data, made.target)
+
+
+@pytest.fixture
+def only_tiny(monkeypatch, data):
+    """Let every script load the tiny data."""
+    for module in (accuracy, cohort_speed):
+        monkeypatch.setattr(module, "load", lambda paths, quick: [data])
+
+
+class Known(BaseEstimator):
+    """Ranks the items by id, downwards if told so; breaks down if told so."""
+
+    fits: list = []  # noqa: RUF012 - rows of every fit, of all instances
+
+    def __init__(self, downwards=False, diverges=False, random_state=None):
+        self.downwards = downwards
+        self.diverges = diverges
+        self.random_state = random_state
+
+    def fit(self, X, client_ids=None):
+        if self.diverges:
+            raise FloatingPointError("diverged")
+        Known.fits.append((X, client_ids, self.random_state))
+        self.user_ids_, self.item_ids_ = np.unique(X[:, 0]), np.unique(X[:, 1])
+        self.seen_indptr_ = np.zeros(len(self.user_ids_) + 1, dtype=np.int64)
+        self.seen_indices_ = np.zeros(0, dtype=np.int64)
+        return self
+
+    def recommend(self, users, k):
+        items = self.item_ids_[::-1] if self.downwards else self.item_ids_
+        return np.tile(items[:k], (len(users), 1)), np.tile(-np.arange(k) * 1.0, (len(users), 1))
+
+
+# ------------------------------------------------------------------ _common
+
+
+def test_paired_seconds_times_all_contenders_in_turn():
+    calls = []
+    contenders = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = common.paired_seconds(contenders, 3)
+    assert "".join(calls) == "ab" + "ababab"  # once without counting
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    assert common.paired_ratio([2.0, 9.0, 8.0], [1.0, 3.0, 2.0]) == 3.0
+
+
+def test_goal_says_whether_it_is_held():
+    assert str(common.Goal("a", 2.0, 1.5)) == "goal: a = 2 (target >= 1.5) held"
+    assert str(common.Goal("a", 2.0, 1.5, at_least=False)).endswith("(target <= 1.5) not held")
+    assert common.Goal("a", 1.5, 1.5).held
+    assert not common.Goal("a", float("nan"), 1.5).held
+    assert not common.Goal("a", float("nan"), 1.5, at_least=False).held
+
+
+def test_json_tells_how_to_repeat_it_and_no_paths(tmp_path):
+    words = ["--data", str(tmp_path / "ml-100k"), "--seeds", "2", "--out", str(tmp_path / "x.json")]
+    arguments = common.parse_arguments("", "accuracy", seeds=3, argv=words)
+    common.write_json(arguments, "accuracy", {"data": {}}, [common.Goal("a", 1.0, 2.0)])
+    text = (tmp_path / "x.json").read_text()
+    assert str(tmp_path) not in text
+    report = json.loads(text)
+    assert report["command"] == "python benchmarks/accuracy.py --data ml-100k --seeds 2"
+    assert report["machine"]["torch"] == torch.__version__
+    assert report["machine"]["cpu"]
+    assert report["goals"][0]["held"] is False
+
+
+def test_quick_keeps_whole_users(tmp_path):
+    path = tmp_path / "rows.csv"
+    rows = [f"{user},{item}" for user in range(30) for item in range(1_000)]
+    path.write_text("user_id,item_id\n" + "\n".join(rows))
+    (whole,) = common.load([path], quick=False)
+    (part,) = common.load([path], quick=True)
+    assert whole.name == "rows"
+    assert whole.sizes == {"interactions": 30_000, "users": 30, "items": 1_000}
+    assert part.sizes == {"interactions": 20_000, "users": 20, "items": 1_000}
+
+
+def test_one_thread_restores_the_setting():
+    torch.set_num_threads(2)
+    with common.one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_format_table_aligns_numbers_to_the_right():
+    text = common.format_table(["a", "n"], [["long", "1"], ["b", "22"]])
+    assert text == "a      n\nlong   1\nb     22"
+
+
+# ----------------------------------------------------------------- accuracy
+
+
+def test_every_method_has_as_many_candidates():
+    sizes = {m.name: len(m.candidates) for m in accuracy.METHODS if m.name != "popularity"}
+    assert set(sizes.values()) == {12}
+    for method in accuracy.METHODS:
+        for params in method.candidates:
+            method.estimator(params, 0)  # each is accepted by its estimator
+
+
+def test_als_is_judged_like_the_rest(data):
+    pytest.importorskip("implicit")
+    model = accuracy.ALSRecommender(4, regularization=1.0, iterations=3, random_state=0)
+    model.fit(data.X)
+    users = model.user_ids_[[3, 0]]
+    ids, scores = model.recommend(users, 50)
+    for row, user in enumerate(users):
+        vector = model.user_factors_[np.flatnonzero(model.user_ids_ == user)[0]]
+        seen = set(data.X[data.X[:, 0] == user, 1])
+        expected = {
+            item: model.item_factors_[place] @ vector
+            for place, item in enumerate(model.item_ids_)
+            if item not in seen
+        }
+        filled = scores[row] > -np.inf
+        assert list(ids[row][filled]) == sorted(expected, key=expected.get, reverse=True)[:50]
+    with pytest.raises(ValueError, match="1 of 1 users"):
+        model.recommend(np.array([-7]), 3)
+
+
+def test_als_learns_the_planted_taste(data):
+    pytest.importorskip("implicit")
+    train, test = accuracy.split(data, 0)
+    als = accuracy.ALSRecommender(2, regularization=1.0, alpha=3.0, random_state=0)
+    found = evaluate(als.fit(data.X[train]), data.X[test], metrics="ndcg", k=20)
+    floor = evaluate(PopularityRecommender().fit(data.X[train]), data.X[test], metrics="ndcg", k=20)
+    assert found.overall["ndcg@20"] > floor.overall["ndcg@20"]
+
+
+def test_tuning_takes_the_best_and_never_sees_test_rows(data):
+    Known.fits = []
+    method = accuracy.Method("known", Known)
+    candidates = [{"diverges": True}, {"downwards": True}, {"downwards": False}]
+    tuned = accuracy.tune(method, data, candidates)
+    train, test = accuracy.split(data, 0)
+    inner, validation = accuracy.split(data, 0, train)
+    assert not set(validation) & set(test)
+    assert set(inner) | set(validation) == set(train)
+    expected = [
+        evaluate(Known(**params).fit(data.X[inner]), data.X[validation], metrics="ndcg", k=20)
+        for params in candidates[1:]
+    ]
+    scores = [found.overall["ndcg@20"] for found in expected]
+    assert [entry["validation_ndcg@20"] for entry in tuned["tried"]] == [None, *scores]
+    assert tuned["chosen"] == candidates[1 + int(np.argmax(scores))]
+    for rows, clients, _ in Known.fits[:2]:
+        np.testing.assert_array_equal(rows, data.X[inner])
+        np.testing.assert_array_equal(clients, data.clients[inner])
+
+
+def test_tuning_without_a_survivor_is_an_error(data):
+    with pytest.raises(FloatingPointError, match=r"known.*tiny"):
+        accuracy.tune(accuracy.Method("known", Known), data, [{"diverges": True}])
+
+
+def test_judging_takes_another_split_and_seed_each_time(data):
+    Known.fits = []
+    run = accuracy.judge(accuracy.Method("known", Known), "default", {}, data, range(2))
+    assert [seed for _, _, seed in Known.fits] == [0, 1]
+    assert not np.array_equal(Known.fits[0][0], Known.fits[1][0])
+    for seed in (0, 1):
+        train, test = accuracy.split(data, seed)
+        found = evaluate(Known().fit(data.X[train]), data.X[test], metrics="ndcg", k=20)
+        assert run["ndcg@20"][seed] == found.overall["ndcg@20"]
+
+
+def test_many_users_are_sampled_the_same_way_each_time(data, monkeypatch):
+    monkeypatch.setattr(accuracy, "MANY_USERS", 30)
+    monkeypatch.setattr(accuracy, "SAMPLED_USERS", 10)
+    rows = accuracy.sampled(data.X, 40)
+    assert len(np.unique(rows[:, 0])) == 10
+    assert len(rows) == np.isin(data.X[:, 0], np.unique(rows[:, 0])).sum()  # all rows of them
+    np.testing.assert_array_equal(rows, accuracy.sampled(data.X, 40))
+    assert accuracy.sampled(data.X, 30) is data.X
+
+
+def test_accuracy_goals(data):
+    def run(method, setting, ndcg, seconds=1.0):
+        return {"method": method, "setting": setting, "ndcg@20": ndcg, "seconds": [seconds] * 2}
+
+    compared = {
+        "results": [
+            run("FedFNN", "default", [0.40, 0.42], 11.0),
+            run("FedFNN", "tuned", [0.45, 0.45]),
+            run("ALS (centralised)", "tuned", [0.44, 0.45]),
+        ]
+    }
+    goals = accuracy.goals_of("ml-100k", compared)
+    assert [(round(goal.value, 6), round(goal.target, 6), goal.held) for goal in goals] == [
+        (0.45, 0.445, True),
+        (0.41, 0.42, False),
+        (11.0, 10.0, False),
+    ]
+    assert len(accuracy.goals_of("other", compared)) == 1
+    del compared["results"][2]
+    assert accuracy.goals_of("other", compared) == []
+
+
+def test_accuracy_runs_and_writes(only_tiny, monkeypatch, tmp_path, capsys):
+    methods = [
+        accuracy.Method("popularity", PopularityRecommender, seeded=False),
+        accuracy.Method("FedFNN", FedFNNRecommender, accuracy.grid(n_rounds=[1, 2], n_factors=[4])),
+    ]
+    monkeypatch.setattr(accuracy, "METHODS", methods)
+    out = tmp_path / "accuracy.json"
+    assert accuracy.main(["--seeds", "2", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    compared = json.loads(out.read_text())["data"]["tiny"]
+    assert [(r["method"], r["setting"]) for r in compared["results"]] == [
+        ("popularity", "default"),
+        ("FedFNN", "default"),
+        ("FedFNN", "tuned"),
+    ]
+    tried = compared["tuning"]["FedFNN"]["tried"]
+    assert tried[0]["params"] == {}  # the defaults are in the race
+    assert len(tried) == 3
+    assert compared["results"][2]["params"] == compared["tuning"]["FedFNN"]["chosen"]
+    mean = np.mean(compared["results"][1]["ndcg@20"])
+    assert f"{mean:.4f} ±" in printed
+
+
+# ------------------------------------------------------------- cohort_speed
+
+
+@pytest.fixture(scope="module")
+def federation(data):
+    return cohort_speed.Federation.of(data)
+
+
+@pytest.mark.parametrize("batch_size", [64, None])
+def test_lean_loop_computes_what_the_engine_computes(federation, batch_size):
+    state = cohort_speed.engine_round(federation, batch_size)
+    clients = range(federation.shards.n_clients)
+    batches = {client: federation.batches(client, batch_size) for client in clients}
+    rows = int(federation.shards.client_rows.sum())
+    items, users = cohort_speed.loop_round(federation.state, batches, rows)
+    assert (items - federation.state.item_table).abs().max() > 1e-3
+    torch.testing.assert_close(state.item_table, items, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(state.user_factors, users, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_are_full_but_the_last_and_balanced(federation):
+    for own in (federation.batches(client, 64) for client in range(5)):
+        sizes = [len(label) for _, label in own]
+        assert all(size == 60 for size in sizes[:-1])
+        assert 0 < sizes[-1] <= 60
+        positives = sum(float(label.sum()) for _, label in own)
+        assert sum(sizes) <= 5 * positives
+
+
+def test_tutorial_loop_trains(federation):
+    everybody = range(federation.shards.n_clients)
+    positives = {c: federation.shards.cohort(np.array([c])).items for c in everybody}
+    averaged = cohort_speed.tutorial_round(federation.state, positives, np.random.default_rng(0))
+    moved = averaged["items.weight"] - federation.state.item_table
+    engine = cohort_speed.engine_round(federation, 64).item_table - federation.state.item_table
+    # Other negatives and other batches, but the same averages: the same direction.
+    cosine = torch.cosine_similarity(moved.flatten(), engine.flatten(), dim=0)
+    assert cosine > 0.8
+
+
+def test_pfl_computes_what_the_loop_computes(federation):
+    pytest.importorskip("pfl")
+    state = federation.state
+    # pfl has one user vector for all, so the loop gets one as well.
+    alike = state.user_factors[:1].expand_as(state.user_factors).clone()
+    state = cohort_speed.FactorState.start(
+        alike, state.item_table, cohort_speed.Optimizer("sgd", 1.0)
+    )
+    clients = range(10)
+    batches = {client: federation.batches(client, 64) for client in clients}
+    rows = int(federation.shards.client_rows[:10].sum())
+    assert sum(len(label) for own in batches.values() for _, label in own) == 5 * rows
+    items, _ = cohort_speed.loop_round(state, batches, rows)
+    table = cohort_speed.pfl_rounds(state, batches)()
+    torch.testing.assert_close(table, items, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_centralised_epoch_lowers_the_loss(federation, sparse):
+    torch.manual_seed(0)
+    own = [federation.batches(client, None)[0] for client in range(federation.shards.n_clients)]
+    user = torch.arange(len(own)).repeat_interleave(torch.tensor([len(y) for _, y in own]))
+    item, label = map(torch.cat, zip(*own, strict=True))
+    state = federation.state
+    model = cohort_speed.CentralModel(state.user_factors, state.item_table, sparse=sparse)
+    before = model.loss(user, item, label).item()
+    for _ in range(20):
+        cohort_speed.central_epoch(model, user, item, label)
+    assert model.loss(user, item, label).item() < before
+
+
+def test_whole_data_round_moves_the_items(federation):
+    state = cohort_speed.whole_data_round(federation)
+    assert (state.item_table - federation.state.item_table).abs().max() > 1e-3
+
+
+def test_users_who_share_a_client_are_an_error(data):
+    shared = common.Data("shared", data.X, data.clients % 3)
+    with pytest.raises(ValueError, match="a client of its own"):
+        cohort_speed.Federation.of(shared)
+
+
+def test_cohort_speed_runs_and_writes(only_tiny, tmp_path, capsys):
+    out = tmp_path / "cohort_speed.json"
+    assert cohort_speed.main(["--quick", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(out.read_text())["data"]["tiny"]
+    assert result["sampled_clients"]["loop"] == 20
+    for name in ("lean loop, batches of 64", "lean loop, full batch"):
+        assert 0 < result["share_of_examples"][name] < 1
+    for name, seconds in result["seconds"].items():
+        assert len(seconds) == 2
+        assert name in printed
+    goals = [line for line in printed.splitlines() if line.startswith("goal: ")]
+    assert any("lean loop / engine" in goal for goal in goals)
+
+
+def test_cohort_speed_goals_are_ratios_of_pairs():
+    seconds = {
+        "engine, batches of 64": [1.0, 2.0, 1.0],
+        "engine, full batch": [1.0, 1.0, 1.0],
+        "lean loop, batches of 64": [40.0, 40.0, 20.0],
+        "centralised": [1.0, 1.0, 1.0],
+    }
+    goals = {g.what: g for g in cohort_speed.goals_of("ml", {"seconds": seconds})}
+    assert goals["ml, batches of 64, lean loop / engine"].value == 20.0
+    assert not goals["ml, batches of 64, lean loop / engine"].held
+    assert goals["ml, full batch, engine / centralised"].held
+    assert len(goals) == 3
+
+
+# ------------------------------------------------------------------- tables
+
+REPORT = {
+    "command": "python benchmarks/accuracy.py",
+    "machine": {"cpu": "Abacus", "cores": 2, "python": "3.11", "torch": "2", "numpy": "2"},
+    "goals": [common.Goal("tuned", 0.5, 0.4).as_dict()],
+    "data": {
+        "ml": {
+            "interactions": 1_000, "users": 10, "items": 20, "judged_users": 10,
+            "tuning": {"FedFNN": {"chosen": {"l2": 0.05}}, "ALS": {"chosen": {}}},
+            "results": [
+                {"method": "FedFNN", "setting": "tuned", "ndcg@20": [0.4, 0.6],
+                 "recall@20": [0.1, 0.1], "seconds": [1.0, 3.0]},
+            ],
+        }
+    },
+}  # fmt: skip
+
+
+def test_tables_fill_their_places_only():
+    text = "before\n<!-- accuracy -->\nold\n<!-- /accuracy -->\nafter\n"
+    filled = tables.rewrite(text, {"accuracy": REPORT}, tables.SECTIONS)
+    assert filled.startswith("before\n<!-- accuracy -->\n")
+    assert filled.endswith("<!-- /accuracy -->\nafter\n")
+    assert "old" not in filled
+    assert "| FedFNN, tuned | 0.5000 ± 0.1414 | 0.1000 ± 0.0000 | 2.00 |" in filled
+    assert "Tuned: FedFNN: l2 0.05; ALS: the defaults." in filled
+    assert "| tuned | 0.5 | ≥ 0.4 | yes |" in filled
+    assert tables.rewrite(filled, {"accuracy": REPORT}, tables.SECTIONS) == filled
+
+
+def test_tables_leave_places_without_results_alone():
+    text = "<!-- cohort_speed -->\nas before\n<!-- /cohort_speed -->\n"
+    assert tables.rewrite(text, {"accuracy": REPORT}, tables.SECTIONS) == text
+
+
+def test_tables_of_speed():
+    seconds = {
+        "engine, batches of 64": [1.0, 2.0],
+        "engine, full batch": [0.5, 0.5],
+        "centralised": [2.0, 4.0],
+        "pfl, full batch": [5.0, 5.0],
+        "whole-data round": [0.1, 0.1],
+    }
+    result = {"users": 10, "examples": 3_000_000, "seconds": seconds}
+    report = {**REPORT, "goals": [], "data": {"ml": result}}
+    text = tables.rewrite(
+        "<!-- cohort_speed -->\n<!-- /cohort_speed -->", {"cohort_speed": report}, tables.SECTIONS
+    )
+    assert "| engine, batches of 64 | 1.500 | 2.00 | 1.0 |" in text
+    assert "| centralised | 3.000 | 1.00 | 2.0 |" in text
+    assert "| pfl, full batch | 5.000 | 0.60 | 10.0 |" in text
+    assert "| whole-data round | 0.100 |  |  |" in text
