@@ -19,7 +19,6 @@ from fedrecsk.data.interactions import Interactions
 from fedrecsk.data.vocabulary import Vocabulary
 from fedrecsk.engine.local import Optimizer
 from fedrecsk.engine.rounds import EarlyStopping, Record, run_rounds
-from fedrecsk.engine.sampling import cohort_size
 from fedrecsk.engine.shards import ClientShards
 from fedrecsk.engine.streams import Streams
 from fedrecsk.estimators._base import SCORE_K, Attributes, RoundWatch
@@ -29,8 +28,8 @@ from fedrecsk.metrics.ranking import hits_of, ndcg_from_hits, top_k
 # Early stopping ranks at most this many users a round.
 MAX_VALIDATION_USERS = 2_000
 
-Step = Callable[[FactorState, ClientShards, int], tuple[FactorState, Logs]]
-Refit = Callable[[FactorState, ClientShards, NDArray[np.int64]], Tensor]
+Step = Callable[[FactorState, int], tuple[FactorState, Logs]]
+Refit = Callable[[FactorState, NDArray[np.int64]], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +129,9 @@ def fit_factors(
     data : Interactions
     watch : RoundWatch
     step : callable
-        ``step(state, shards, t) -> (state, logs)``.
+        ``step(state, t) -> (state, logs)``.
     refit : callable or None
-        ``refit(state, shards, clients) -> user vectors``: what users do on their own devices
+        ``refit(state, clients) -> user vectors``: what users do on their own devices
         before inference.
     n_factors, item_bias, init_scale, server_optimizer
         Of the start, see `fedrecsk.methods.fedfnn`.
@@ -172,7 +171,7 @@ def fit_factors(
     round_now = first_round
 
     def attributes(state: FactorState) -> Attributes:
-        users = state.user_factors if refit is None else refit(state, shards, everybody)
+        users = state.user_factors if refit is None else refit(state, everybody)
         return _fitted(users, state, n_factors)
 
     stopping = None
@@ -180,7 +179,7 @@ def fit_factors(
         holders = np.unique(data.user_client[validation.users])
 
         def evaluate(state: FactorState) -> float:
-            users = state.user_factors if refit is None else refit(state, shards, holders)
+            users = state.user_factors if refit is None else refit(state, holders)
             return validation.ndcg(users, state.item_table, n_factors)
 
         stopping = EarlyStopping(evaluate=evaluate, n_iter_no_change=n_iter_no_change, tol=tol)
@@ -195,7 +194,7 @@ def fit_factors(
 
     try:
         result = run_rounds(
-            lambda state, t: step(state, shards, t),
+            step,
             state,
             n_rounds=n_rounds,
             first_round=first_round,
@@ -236,11 +235,6 @@ def make_shards(
     return ClientShards.from_codes(
         data.user[rows], data.item[rows], data.user_client, data.n_clients, data.n_items, device
     )
-
-
-def n_sampled(clients_per_round: int | float, data: Interactions) -> int:
-    """Clients of a round, see `cohort_size`."""
-    return cohort_size(clients_per_round, data.n_clients)
 
 
 def _take_over(

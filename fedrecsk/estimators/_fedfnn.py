@@ -12,7 +12,8 @@ from torch import Tensor
 from fedrecsk.data.interactions import Interactions
 from fedrecsk.engine.device import resolve_device, torch_threads
 from fedrecsk.engine.local import Optimizer, OptimizerName
-from fedrecsk.engine.shards import CPU_CHUNK_ROWS, ClientShards
+from fedrecsk.engine.sampling import cohort_size, uniform_cohort
+from fedrecsk.engine.shards import CPU_CHUNK_ROWS
 from fedrecsk.engine.streams import Streams
 from fedrecsk.estimators._base import SHARED_CONSTRAINTS, Attributes, BaseRecommender, RoundWatch
 from fedrecsk.estimators._factors import (
@@ -20,7 +21,6 @@ from fedrecsk.estimators._factors import (
     hold_out,
     logistic,
     make_shards,
-    n_sampled,
     score_factor_items,
     score_factor_pairs,
 )
@@ -30,6 +30,7 @@ from fedrecsk.methods.fedfnn import (
     ItemWeighting,
     Logs,
     bce_step,
+    prediction_step,
     refit_bce,
     refit_whole_data,
     whole_data_step,
@@ -414,7 +415,7 @@ def simulate_fedfnn(
     if early_stopping:
         rows, validation = hold_out(data, validation_fraction, streams)
     shards = make_shards(data, rows, resolve_device(device))
-    size = n_sampled(clients_per_round, data)
+    size = cohort_size(clients_per_round, data.n_clients)
     bias = item_bias and objective == "bce"
     server_rate = server_learning_rate
     if objective == "bce" and server_rate == "auto":
@@ -424,13 +425,15 @@ def simulate_fedfnn(
     if objective == "bce":
         local = Optimizer(optimizer, learning_rate)
 
-        def step(state: FactorState, shards: ClientShards, t: int) -> tuple[FactorState, Logs]:
+        def train(
+            state: FactorState, delegates: NDArray[np.int64], t: int
+        ) -> tuple[FactorState, Logs]:
             return bce_step(
                 state,
                 shards,
+                delegates,
                 t,
                 streams=streams,
-                n_sampled=size,
                 item_weighting=item_weighting,
                 item_bias=bias,
                 n_negatives=n_negatives,
@@ -439,18 +442,9 @@ def simulate_fedfnn(
                 optimizer=local,
                 l2=penalty_strength,
                 server_optimizer=server,
-                predictor=predictor,
-                discount=discount,
-                discount_decay=discount_decay,
-                cv=cv,
-                patience=patience,
-                gate=gate,
-                n_clusters=n_clusters,
             )
 
-        def fit_users(
-            state: FactorState, shards: ClientShards, clients: NDArray[np.int64]
-        ) -> Tensor:
+        def fit_users(state: FactorState, clients: NDArray[np.int64]) -> Tensor:
             return refit_bce(
                 state,
                 shards,
@@ -470,31 +464,22 @@ def simulate_fedfnn(
         )
         penalty = whole_data.Penalty(penalty_strength, l2_exponent)
 
-        def step(state: FactorState, shards: ClientShards, t: int) -> tuple[FactorState, Logs]:
+        def train(
+            state: FactorState, delegates: NDArray[np.int64], t: int
+        ) -> tuple[FactorState, Logs]:
             return whole_data_step(
                 state,
                 shards,
+                delegates,
                 t,
-                streams=streams,
-                n_sampled=size,
                 unobserved_weight=weight,
                 penalty=penalty,
                 server_learning_rate=None if server_rate == "auto" else float(server_rate),
                 decay=STATISTICS_DECAY,
                 item_curvature=item_curvature,
-                # A refit replaces every predicted vector, and nothing else reads them.
-                predictor=None if refit else predictor,
-                discount=discount,
-                discount_decay=discount_decay,
-                cv=cv,
-                patience=patience,
-                gate=gate,
-                n_clusters=n_clusters,
             )
 
-        def fit_users(
-            state: FactorState, shards: ClientShards, clients: NDArray[np.int64]
-        ) -> Tensor:
+        def fit_users(state: FactorState, clients: NDArray[np.int64]) -> Tensor:
             return refit_whole_data(
                 state,
                 shards,
@@ -503,6 +488,32 @@ def simulate_fedfnn(
                 penalty=penalty,
                 mean_rows=len(shards.items) / shards.n_users,
             )
+
+    # With the whole-data objective a refit replaces every predicted vector before it is read.
+    kind = None if objective == "whole-data" and refit else predictor
+
+    def step(state: FactorState, t: int) -> tuple[FactorState, Logs]:
+        delegates = uniform_cohort(shards.n_clients, size, streams.numpy("sampling", t))
+        trained, logs = train(state, delegates, t)
+        if kind is None:
+            return trained, logs
+        predicted, more = prediction_step(
+            state,
+            trained,
+            shards,
+            delegates,
+            t,
+            loss=logs["loss"],
+            streams=streams,
+            predictor=kind,
+            discount=discount,
+            discount_decay=discount_decay,
+            cv=cv,
+            patience=patience,
+            gate=gate,
+            n_clusters=n_clusters,
+        )
+        return predicted, {**logs, **more}
 
     with torch_threads(CPU_CHUNK_ROWS * n_factors):
         return fit_factors(

@@ -39,7 +39,6 @@ from torch import Tensor
 
 from fedrecsk.engine.local import Moments, Optimizer, apply_gradients, init_moments
 from fedrecsk.engine.mixing import RowSums, weighted_mean
-from fedrecsk.engine.sampling import uniform_cohort
 from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
@@ -153,10 +152,10 @@ def random_factors(
 def bce_step(
     state: FactorState,
     shards: ClientShards,
+    delegates: NDArray[np.int64],
     t: int,
     *,
     streams: Streams,
-    n_sampled: int,
     item_weighting: ItemWeighting,
     item_bias: bool,
     n_negatives: int,
@@ -165,26 +164,19 @@ def bce_step(
     optimizer: Optimizer,
     l2: float,
     server_optimizer: Optimizer,
-    predictor: PredictorName | None,
-    discount: float,
-    discount_decay: float,
-    cv: int,
-    patience: int,
-    gate: bool,
-    n_clusters: int,
 ) -> tuple[FactorState, Logs]:
-    """One round with sampled-negative binary cross-entropy on the clients.
+    """Train the delegates with sampled-negative binary cross-entropy and aggregate.
 
     Parameters
     ----------
     state : FactorState
         Not changed.
     shards : ClientShards
+    delegates : ndarray of int64
+        Codes of the clients that take part.
     t : int
         Number of the round, counted on where a fit goes on; it keys all random draws.
     streams : Streams
-    n_sampled : int
-        Clients that take part.
     item_weighting : {"count", "magnitude", "interactions", "fedavg"}
         Weight of a client's row in the mean of those that touched it: 1, the L1 norm of its
         change, or the client's interactions. ``"fedavg"``: weights n_k / n_S over all delegates.
@@ -192,12 +184,6 @@ def bce_step(
         See `fedrecsk.models.sampled_bce.train`.
     server_optimizer : Optimizer
         Takes the aggregated change as a negative gradient; plain SGD at rate 1 adds it.
-    predictor, cv, gate, n_clusters
-        See `fedrecsk.methods.meta_network.predict_updates`.
-    discount, discount_decay : float
-        Predictions in the fit's round t are multiplied by ``discount * discount_decay**t``.
-    patience : int
-        Rounds without a lower loss after which prediction ends for good.
 
     Returns
     -------
@@ -205,7 +191,6 @@ def bce_step(
     logs : dict
     """
     table = state.item_table
-    delegates = uniform_cohort(shards.n_clients, n_sampled, streams.numpy("sampling", t))
     key = streams.key("examples", t)
     client_rows = shards.client_rows
     total_rows = float(max(client_rows[delegates].sum(), 1))
@@ -240,62 +225,44 @@ def bce_step(
         {"item": table}, {"item": -mean}, state.moments, denominator[:, 0] > 0, server_optimizer
     )
     loss = float(losses / n_examples.clamp_min(1))
-    trained = replace(state, user_factors=user_factors, item_table=moved["item"], moments=moments)
-    new, logs = _after_training(
-        state,
-        trained,
-        shards,
-        delegates,
-        t,
-        loss=loss,
-        streams=streams,
-        predictor=predictor,
-        discount=discount,
-        discount_decay=discount_decay,
-        cv=cv,
-        patience=patience,
-        gate=gate,
-        n_clusters=n_clusters,
-    )
-    traffic = {
+    logs: Logs = {
+        "loss": loss,
+        "clients": len(delegates),
         "bytes_down": len(delegates) * dense_bytes(tuple(table.shape)),
         "bytes_up": sparse_row_bytes(int(n_private), table.shape[1]),
     }
-    return new, {**logs, **traffic}
+    new = replace(
+        state,
+        user_factors=user_factors,
+        item_table=moved["item"],
+        moments=moments,
+        times_sampled=_counted(state, shards, delegates),
+    )
+    return new, logs
 
 
 def whole_data_step(
     state: FactorState,
     shards: ClientShards,
+    delegates: NDArray[np.int64],
     t: int,
     *,
-    streams: Streams,
-    n_sampled: int,
     unobserved_weight: float,
     penalty: whole_data.Penalty,
     server_learning_rate: float | None,
     decay: float,
     item_curvature: bool,
-    predictor: PredictorName | None,
-    discount: float,
-    discount_decay: float,
-    cv: int,
-    patience: int,
-    gate: bool,
-    n_clusters: int,
 ) -> tuple[FactorState, Logs]:
-    """One round with exact client solves and a quasi-Newton server step.
+    """Solve the delegates exactly and take a quasi-Newton step on the server.
 
     Parameters
     ----------
-    state, shards, t, streams, n_sampled
+    state, shards, delegates, t
         As in `bce_step`.
     unobserved_weight, penalty, decay, item_curvature
         See `fedrecsk.models.whole_data`.
     server_learning_rate : float or None
         η; None follows from the participation, `whole_data.default_rate`.
-    predictor, discount, discount_decay, cv, patience, gate, n_clusters
-        As in `bce_step`.
 
     Returns
     -------
@@ -303,7 +270,6 @@ def whole_data_step(
     logs : dict
     """
     items = state.item_table
-    delegates = uniform_cohort(shards.n_clients, n_sampled, streams.numpy("sampling", t))
     gram = items.T @ items
     mean_user_rows = len(shards.items) / shards.n_users
     user_factors = state.user_factors.clone()
@@ -336,52 +302,26 @@ def whole_data_step(
         decay=decay,
         item_curvature=item_curvature,
     )
-    trained = replace(state, user_factors=user_factors, item_table=moved, statistics=statistics)
-    new, logs = _after_training(
-        state,
-        trained,
-        shards,
-        delegates,
-        t,
-        loss=float(total.loss) / max(total.n_rows, 1),
-        streams=streams,
-        predictor=predictor,
-        discount=discount,
-        discount_decay=discount_decay,
-        cv=cv,
-        patience=patience,
-        gate=gate,
-        n_clusters=n_clusters,
-    )
     d = items.shape[1]
-    traffic = {
+    n_rows, width = int(shards.client_items[delegates].sum()), d + 1 + item_curvature
+    logs: Logs = {
+        "loss": float(total.loss) / max(total.n_rows, 1),
+        "clients": len(delegates),
         "bytes_down": len(delegates) * dense_bytes(tuple(items.shape), (d, d)),
         # A row carries the pull on the item, its count and its curvature.
-        "bytes_up": sparse_row_bytes(int(shards.client_items[delegates].sum()), d + 2)
-        + len(delegates) * dense_bytes((d, d)),
+        "bytes_up": sparse_row_bytes(n_rows, width) + len(delegates) * dense_bytes((d, d)),
     }
-    return new, {**logs, **traffic}
+    new = replace(
+        state,
+        user_factors=user_factors,
+        item_table=moved,
+        statistics=statistics,
+        times_sampled=_counted(state, shards, delegates),
+    )
+    return new, logs
 
 
-def _row_weights(
-    result: sampled_bce.LocalResult,
-    item_weighting: ItemWeighting,
-    cohort: Cohort,
-    client_rows: NDArray[np.int64],
-    total_rows: float,
-) -> Tensor:
-    """Weight (K,) of every private row in the aggregation; zero for padding."""
-    valid = result.row_valid.to(result.row_values.dtype)
-    if item_weighting == "count":
-        return valid
-    if item_weighting == "magnitude":
-        return valid * result.row_delta.abs().sum(1)
-    rows = torch.from_numpy(client_rows[cohort.clients]).to(valid)
-    weight = valid * rows[result.row_clients]
-    return weight / total_rows if item_weighting == "fedavg" else weight
-
-
-def _after_training(
+def prediction_step(
     before: FactorState,
     trained: FactorState,
     shards: ClientShards,
@@ -390,7 +330,7 @@ def _after_training(
     *,
     loss: float,
     streams: Streams,
-    predictor: PredictorName | None,
+    predictor: PredictorName,
     discount: float,
     discount_decay: float,
     cv: int,
@@ -398,20 +338,36 @@ def _after_training(
     gate: bool,
     n_clusters: int,
 ) -> tuple[FactorState, Logs]:
-    """Count who took part, predict the subordinates' updates, and write the log."""
-    users = torch.from_numpy(shards.users_of(delegates)).to(before.user_factors.device)
-    times_sampled = before.times_sampled.clone()
-    times_sampled[users] += 1
-    new = replace(trained, times_sampled=times_sampled)
-    logs: Logs = {"loss": loss, "clients": len(delegates)}
-    if predictor is None:
-        return new, logs
+    """Learn from the delegates' updates and move the subordinates: the second half of a round.
+
+    Parameters
+    ----------
+    before, trained : FactorState
+        Around the delegates' training, `bce_step` or `whole_data_step`; not changed.
+    shards, delegates, t, streams
+        As in `bce_step`.
+    loss : float
+        Of the round, for patience.
+    predictor, cv, gate, n_clusters
+        See `fedrecsk.methods.meta_network.predict_updates`.
+    discount, discount_decay : float
+        Predictions in the fit's round t are multiplied by ``discount * discount_decay**t``.
+    patience : int
+        Rounds without a lower loss after which prediction ends for good.
+
+    Returns
+    -------
+    state : FactorState
+    logs : dict
+        ``prediction_active``, and while it is ``predictor_r2, predictor_cosine,
+        predictor_candidate, predicted_share``.
+    """
     watch = before.watch.after(loss, patience)
-    new = replace(new, watch=watch)
-    logs["prediction_active"] = watch.active
+    new = replace(trained, watch=watch)
+    logs: Logs = {"prediction_active": watch.active}
     if not watch.active:
         return new, logs
-
+    users = _users(before, shards, delegates)
     is_delegate = torch.zeros(shards.n_users, dtype=torch.bool, device=users.device)
     is_delegate[users] = True
     others = torch.nonzero(~is_delegate)[:, 0]
@@ -440,6 +396,36 @@ def _after_training(
     user_factors[others] = start[others] + scale[:, None] * prediction.deltas
     logs["predicted_share"] = len(others) / shards.n_users
     return replace(new, user_factors=user_factors), logs
+
+
+def _users(state: FactorState, shards: ClientShards, delegates: NDArray[np.int64]) -> Tensor:
+    """Codes of the delegates' users, on the state's device."""
+    return torch.from_numpy(shards.users_of(delegates)).to(state.user_factors.device)
+
+
+def _counted(state: FactorState, shards: ClientShards, delegates: NDArray[np.int64]) -> Tensor:
+    """Return `times_sampled` after another round with these delegates."""
+    times_sampled = state.times_sampled.clone()
+    times_sampled[_users(state, shards, delegates)] += 1
+    return times_sampled
+
+
+def _row_weights(
+    result: sampled_bce.LocalResult,
+    item_weighting: ItemWeighting,
+    cohort: Cohort,
+    client_rows: NDArray[np.int64],
+    total_rows: float,
+) -> Tensor:
+    """Weight (K,) of every private row in the aggregation; zero for padding."""
+    valid = result.row_valid.to(result.row_values.dtype)
+    if item_weighting == "count":
+        return valid
+    if item_weighting == "magnitude":
+        return valid * result.row_delta.abs().sum(1)
+    rows = torch.from_numpy(client_rows[cohort.clients]).to(valid)
+    weight = valid * rows[result.row_clients]
+    return weight / total_rows if item_weighting == "fedavg" else weight
 
 
 def refit_whole_data(

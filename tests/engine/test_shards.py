@@ -89,6 +89,11 @@ def test_from_codes_keeps_every_pair_with_its_client():
     assert shards.client_rows.sum() == len(pairs)
 
 
+def test_client_items_are_the_distinct_items_of_a_client(shards):
+    items = [{item for _, _, item in rows_of_clients(shards, [c])} for c in range(shards.n_clients)]
+    assert shards.client_items.tolist() == [len(own) for own in items]
+
+
 def test_single_user_means_one_user_for_every_client():
     assert FEDERATIONS["a user each"].single_user
     assert not FEDERATIONS["several users each"].single_user

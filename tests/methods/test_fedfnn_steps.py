@@ -13,6 +13,7 @@ from fedrecsk.methods.fedfnn import (
     FactorState,
     PredictionWatch,
     bce_step,
+    prediction_step,
     random_factors,
     refit_bce,
     refit_whole_data,
@@ -56,6 +57,22 @@ def start(shards, *, item_bias=False, server=ADD, first_round=0):
     return FactorState.start(users, table, server, first_round=first_round)
 
 
+def whole_round(train, state, shards, t, arguments):
+    """Sample, train and predict, as the estimator does."""
+    prediction = {name: arguments.pop(name) for name in NO_PREDICTION}
+    streams, size = arguments["streams"], arguments.pop("n_sampled")
+    if arguments.pop("no_streams", False):
+        del arguments["streams"]
+    delegates = uniform_cohort(shards.n_clients, size, streams.numpy("sampling", t))
+    trained, logs = train(state, shards, delegates, t, **arguments)
+    if prediction["predictor"] is None:
+        return trained, logs
+    predicted, more = prediction_step(
+        state, trained, shards, delegates, t, loss=logs["loss"], streams=streams, **prediction
+    )
+    return predicted, {**logs, **more}
+
+
 def bce(state, shards, t, **changes):
     """One round of `bce_step`; by default half of the clients, with a bias and no prediction."""
     arguments = {
@@ -72,7 +89,7 @@ def bce(state, shards, t, **changes):
         **NO_PREDICTION,
         **changes,
     }
-    return bce_step(state, shards, t, **arguments)
+    return whole_round(bce_step, state, shards, t, arguments)
 
 
 def exact(state, shards, t, **changes):
@@ -88,7 +105,8 @@ def exact(state, shards, t, **changes):
         **NO_PREDICTION,
         **changes,
     }
-    return whole_data_step(state, shards, t, **arguments)
+    arguments["no_streams"] = True
+    return whole_round(whole_data_step, state, shards, t, arguments)
 
 
 STEPS = pytest.mark.parametrize("step", [bce, exact], ids=["bce", "whole-data"])
