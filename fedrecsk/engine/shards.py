@@ -164,21 +164,9 @@ class ClientShards:
         return self.items.device
 
     @property
-    def single_user(self) -> bool:
-        """Whether every client holds exactly one user."""
-        return bool((np.diff(self.client_offsets) == 1).all())
-
-    @property
     def client_rows(self) -> NDArray[np.int64]:
         """Number of interactions of each client, shape (n_clients,)."""
         return np.diff(self.row_offsets[self.client_offsets])
-
-    @property
-    def user_rows(self) -> NDArray[np.int64]:
-        """Number of interactions of each user by user code, shape (n_users,)."""
-        counts = np.empty(self.n_users, dtype=np.int64)
-        counts[self.users] = np.diff(self.row_offsets)
-        return counts
 
     def users_of(self, clients: NDArray[np.int64]) -> NDArray[np.int64]:
         """User codes held by `clients`, in their order."""

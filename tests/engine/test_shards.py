@@ -73,10 +73,8 @@ def test_from_codes_sorts_rows_by_client_user_and_item():
     assert shards.row_offsets.tolist() == [0, 1, 3, 6]
     assert shards.items.tolist() == [1, 2, 3, 0, 4, 5]
     assert shards.client_rows.tolist() == [1, 5]
-    assert shards.user_rows.tolist() == [2, 1, 3]
     assert shards.users_of(np.array([1, 0])).tolist() == [0, 2, 1]
     assert shards.device == torch.device("cpu")
-    assert not shards.single_user
 
 
 def test_from_codes_keeps_every_pair_with_its_client():
@@ -92,12 +90,6 @@ def test_from_codes_keeps_every_pair_with_its_client():
 def test_client_items_are_the_distinct_items_of_a_client(shards):
     items = [{item for _, _, item in rows_of_clients(shards, [c])} for c in range(shards.n_clients)]
     assert shards.client_items.tolist() == [len(own) for own in items]
-
-
-def test_single_user_means_one_user_for_every_client():
-    assert FEDERATIONS["a user each"].single_user
-    assert not FEDERATIONS["several users each"].single_user
-    assert not FEDERATIONS["clients without users"].single_user
 
 
 def test_cohort_holds_the_clients_in_the_order_asked_for(shards):

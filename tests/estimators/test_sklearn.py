@@ -456,11 +456,15 @@ class Watch(StopAfter):
         super().__init__(10**9)
         self.models, self.data = [], []
 
+    def on_fit_task_begin(self, estimator, context, *, X, y):
+        super().on_fit_task_begin(estimator, context)
+        self.data.append((X, y))
+
     def on_fit_task_end(self, estimator, context, *, X, y, fitted_estimator):
         super().on_fit_task_end(estimator, context)
+        self.data.append((X, y))
         if context.task_name == "round":
             self.models.append(fitted_estimator)
-            self.data.append((X, y))
 
 
 def test_a_callback_may_stop_the_fit(trainable, obvious, assert_same_fit):
@@ -487,6 +491,7 @@ def test_a_callback_gets_a_fitted_estimator(typical, obvious):
         assert model.recommend([3], k=2)[0].shape == (1, 2)
         assert model.score([[0, 0], [1, 1]]) >= 0
     np.testing.assert_array_equal(model.predict(obvious), final.predict(obvious))
+    assert len(callback.data) == 2 * (final.n_rounds_ + 1)  # the fit is a task, too
     assert all(X is obvious and y is client_ids for X, y in callback.data)
     if isinstance(typical, PopularityRecommender):
         return

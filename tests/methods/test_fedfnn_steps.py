@@ -33,8 +33,7 @@ STREAMS = Streams(11)
 SINGLE = random_federation(0, n_users=30, n_items=25)
 SHARED = random_federation(1, n_users=24, n_items=20, n_clients=9)
 FEDERATIONS = pytest.mark.parametrize("shards", [SINGLE, SHARED], ids=["single", "shared"])
-NO_PREDICTION = {
-    "predictor": None,
+PREDICTION = {
     "discount": 0.5,
     "discount_decay": 0.9,
     "cv": 5,
@@ -57,27 +56,16 @@ def start(shards, *, item_bias=False, server=ADD, first_round=0):
     return FactorState.start(users, table, server, first_round=first_round)
 
 
-def whole_round(train, state, shards, t, arguments):
-    """Sample, train and predict, as the estimator does."""
-    prediction = {name: arguments.pop(name) for name in NO_PREDICTION}
-    streams, size = arguments["streams"], arguments.pop("n_sampled")
-    if arguments.pop("no_streams", False):
-        del arguments["streams"]
-    delegates = uniform_cohort(shards.n_clients, size, streams.numpy("sampling", t))
-    trained, logs = train(state, shards, delegates, t, **arguments)
-    if prediction["predictor"] is None:
-        return trained, logs
-    predicted, more = prediction_step(
-        state, trained, shards, delegates, t, loss=logs["loss"], streams=streams, **prediction
-    )
-    return predicted, {**logs, **more}
+def sampled(shards, t, streams, n_sampled):
+    size = shards.n_clients // 2 if n_sampled is None else n_sampled
+    return uniform_cohort(shards.n_clients, size, streams.numpy("sampling", t))
 
 
-def bce(state, shards, t, **changes):
-    """One round of `bce_step`; by default half of the clients, with a bias and no prediction."""
+def bce(state, shards, t, *, streams=STREAMS, n_sampled=None, predictor=None, **changes):
+    """One round of BCE, by default of half of the clients and without prediction."""
+    delegates = sampled(shards, t, streams, n_sampled)
+    prediction = {name: changes.pop(name, value) for name, value in PREDICTION.items()}
     arguments = {
-        "streams": STREAMS,
-        "n_sampled": shards.n_clients // 2,
         "item_weighting": "count",
         "item_bias": state.item_table.shape[1] > N_FACTORS,
         "n_negatives": 2,
@@ -86,36 +74,52 @@ def bce(state, shards, t, **changes):
         "optimizer": Optimizer("sgd", 0.1),
         "l2": 0.02,
         "server_optimizer": ADD,
-        **NO_PREDICTION,
         **changes,
     }
-    return whole_round(bce_step, state, shards, t, arguments)
+    trained, logs = bce_step(state, shards, delegates, t, streams=streams, **arguments)
+    return predicted(state, trained, logs, shards, delegates, t, streams, predictor, prediction)
 
 
-def exact(state, shards, t, **changes):
-    """One round of `whole_data_step`; by default half of the clients and no prediction."""
+def exact(state, shards, t, *, streams=STREAMS, n_sampled=None, predictor=None, **changes):
+    """One round of the whole-data objective, likewise."""
+    delegates = sampled(shards, t, streams, n_sampled)
+    prediction = {name: changes.pop(name, value) for name, value in PREDICTION.items()}
     arguments = {
-        "streams": STREAMS,
-        "n_sampled": shards.n_clients // 2,
         "unobserved_weight": W0,
         "penalty": PENALTY,
         "server_learning_rate": 0.5,
         "decay": 0.8,
         "item_curvature": True,
-        **NO_PREDICTION,
         **changes,
     }
-    arguments["no_streams"] = True
-    return whole_round(whole_data_step, state, shards, t, arguments)
+    trained, logs = whole_data_step(state, shards, delegates, t, **arguments)
+    return predicted(state, trained, logs, shards, delegates, t, streams, predictor, prediction)
+
+
+def predicted(before, trained, logs, shards, delegates, t, streams, predictor, prediction):
+    """The second half of a round, if there is one."""
+    if predictor is None:
+        return trained, logs
+    state, more = prediction_step(
+        before,
+        trained,
+        shards,
+        delegates,
+        t,
+        loss=logs["loss"],
+        streams=streams,
+        predictor=predictor,
+        **prediction,
+    )
+    return state, {**logs, **more}
 
 
 STEPS = pytest.mark.parametrize("step", [bce, exact], ids=["bce", "whole-data"])
 
 
 def delegates_of(shards, t):
-    """Clients of a round with the default number."""
-    size = shards.n_clients // 2
-    return uniform_cohort(shards.n_clients, size, STREAMS.numpy("sampling", t)).tolist()
+    """Clients of a round by default."""
+    return sampled(shards, t, STREAMS, None).tolist()
 
 
 def users_of(shards, clients):
@@ -530,17 +534,18 @@ def test_bytes_of_a_bce_round(shards, optimizer, item_bias):
 
 
 @FEDERATIONS
-def test_bytes_of_a_whole_data_round(shards):
-    _, logs = exact(start(shards), shards, 1)
+@pytest.mark.parametrize("item_curvature", [True, False])
+def test_bytes_of_a_whole_data_round(shards, item_curvature):
+    _, logs = exact(start(shards), shards, 1, item_curvature=item_curvature)
     delegates, items = delegates_of(shards, 1), items_by_user(shards)
     square = N_FACTORS**2
     down = 4 * (shards.n_items * N_FACTORS + square)
     assert logs["bytes_down"] == len(delegates) * down
     up = 0
     for client in delegates:
-        # One row per distinct item: pull, count and curvature, and the row's number.
+        # One row per distinct item: pull, count and perhaps curvature, and the row's number.
         distinct = {item for user in users_of(shards, [client]) for item in items[user]}
-        up += len(distinct) * 4 * (N_FACTORS + 3) + 4 * square
+        up += len(distinct) * 4 * (N_FACTORS + 2 + item_curvature) + 4 * square
     assert logs["bytes_up"] == up
 
 
