@@ -11,6 +11,10 @@ from typing import Any, Generic, TypeVar
 State = TypeVar("State")
 Record = dict[str, Any]
 
+# A loss this many times that of the first round is divergence, whether or not it overflows.
+DIVERGED = 100.0
+TINY_LOSS = 1e-3
+
 
 @dataclass(frozen=True)
 class EarlyStopping(Generic[State]):
@@ -83,7 +87,7 @@ def run_rounds(
     Raises
     ------
     FloatingPointError
-        If a round's loss is not finite; says which round.
+        If a round's loss is not finite, or a hundred times that of the first; says which round.
 
     Examples
     --------
@@ -93,6 +97,7 @@ def run_rounds(
     (3, [1, 2, 3])
     """
     history: list[Record] = []
+    bound = math.inf
     best_state, best_value, waited = state, -math.inf, 0
     for t in range(first_round, first_round + n_rounds):
         if on_round_begin is not None:
@@ -100,7 +105,9 @@ def run_rounds(
         start = time.perf_counter()
         state, logs = step(state, t)
         record: Record = {"round": t + 1, **logs, "seconds": time.perf_counter() - start}
-        if not math.isfinite(record["loss"]):
+        if t == first_round:
+            bound = DIVERGED * max(abs(record["loss"]), TINY_LOSS)
+        if not record["loss"] <= bound or not math.isfinite(record["loss"]):
             raise FloatingPointError(
                 f"Training diverged in round {t + 1}: the loss is {record['loss']}. "
                 "Lower learning_rate or server_learning_rate, or raise l2."

@@ -65,7 +65,7 @@ default="recall"
     Returns
     -------
     scorer : callable
-        ``scorer(estimator, X, client_ids=None, sample_weight=None)`` gives a float, higher is
+        ``scorer(estimator, X, client_ids, sample_weight=None)`` gives a float, higher is
         better. With metadata routing it asks for ``client_ids``; for ``sample_weight`` only
         after ``set_score_request(sample_weight=True)``.
 
@@ -113,6 +113,8 @@ class RankingScorer(BaseEstimator):
         self,
         estimator: Any,
         X: Any,
+        y: npt.ArrayLike | None = None,
+        *,
         client_ids: npt.ArrayLike | None = None,
         sample_weight: npt.ArrayLike | None = None,
     ) -> float:
@@ -124,8 +126,9 @@ class RankingScorer(BaseEstimator):
             Fitted.
         X : interactions
             Held-out rows.
-        client_ids : ignored
-            Here because the y slot carries it; a mean over users does not depend on it.
+        y, client_ids : ignored
+            Client ids come in the place of y or, with metadata routing, by name; a mean over
+            users does not depend on them.
         sample_weight : array-like of shape (n_rows,), default=None
             A user weighs the mean of its rows' weights.
 
@@ -274,7 +277,14 @@ def score_ranking(
     batch_size: int | None = None,
 ) -> float:
     """Mean of one metric over the users with held-out items; ``evaluate`` for its arguments."""
-    ranked = rank_users(estimator, X, k, sample_weight=sample_weight, batch_size=batch_size)
+    ranked = rank_users(
+        estimator,
+        X,
+        k,
+        sample_weight=sample_weight,
+        batch_size=batch_size,
+        first_two_suffice=True,
+    )
     return ranked.overall(metric, k)
 
 
@@ -324,6 +334,7 @@ def rank_users(
     *,
     sample_weight: npt.ArrayLike | None = None,
     batch_size: int | None = None,
+    first_two_suffice: bool = False,
 ) -> RankedUsers:
     """Rank all unseen items for the users of ``X`` and find their held-out items.
 
@@ -347,14 +358,14 @@ def rank_users(
     estimator, transformers = recommender_of(estimator)
     for transformer in transformers:
         X = transformer.transform(X)
-    columns = read_columns(X)
+    min_rating = getattr(estimator, "min_rating", None)
+    columns = read_columns(X, first_two_suffice=first_two_suffice and min_rating is None)
     n_rows = len(columns.user)
     row_weight = None
     if sample_weight is not None:
         row_weight = check_weights(sample_weight, n_rows, "rows of X")
     users, user_of_row = Vocabulary.from_values(columns.user)
     counts = np.ones(n_rows, dtype=np.bool_)
-    min_rating = getattr(estimator, "min_rating", None)
     if min_rating is not None and columns.rating is not None:
         counts = columns.rating >= min_rating
     truth, n_true = _held_out(estimator, users, user_of_row[counts], columns.item[counts])

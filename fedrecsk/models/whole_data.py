@@ -297,6 +297,25 @@ def server_step(
     return item_factors + rate * step @ basis.T, new
 
 
+def default_l2(n_rows: int, n_users: int, n_items: int) -> float:
+    """Penalty `l2` that suits the size of the data.
+
+    The penalty shrinks the singular values of the fitted matrix by about l2 √(n̄_u n̄_i), with n̄
+    the mean interactions of a user and of an item. A random 0/1 matrix with such sums has noise
+    of spectral norm √n̄_u + √n̄_i; directions below it are noise. Half the ratio was the best
+    or within 1% of it on validation rows of four catalogues (1,700 to 19,000 items, 5 to 106
+    interactions a user), and on generated data. At most 0.5: tiny data must not shrink to zero.
+
+    Examples
+    --------
+    >>> from fedrecsk.models.whole_data import default_l2
+    >>> round(default_l2(80_000, 943, 1_682), 3), round(default_l2(800_000, 6_040, 3_706), 3)
+    (0.127, 0.077)
+    """
+    user_rows, item_rows = n_rows / n_users, n_rows / n_items
+    return float(min(0.5, 0.5 * (user_rows**-0.5 + item_rows**-0.5)))
+
+
 def default_unobserved_weight(n_rows: int, n_users: int, n_items: int) -> float:
     """Weight of an unobserved pair that suits the density of the data.
 

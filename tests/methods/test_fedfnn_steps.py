@@ -100,6 +100,7 @@ def predicted(before, trained, logs, shards, delegates, t, streams, predictor, p
     """The second half of a round, if there is one."""
     if predictor is None:
         return trained, logs
+    kept = {name: value.clone() for name, value in tensors_of(trained).items()}
     state, more = prediction_step(
         before,
         trained,
@@ -111,6 +112,8 @@ def predicted(before, trained, logs, shards, delegates, t, streams, predictor, p
         predictor=predictor,
         **prediction,
     )
+    for name, value in tensors_of(trained).items():
+        assert torch.equal(value, kept[name]), name  # prediction leaves its arguments alone
     return state, {**logs, **more}
 
 
