@@ -1,0 +1,180 @@
+"""Rewrite the tables of the two READMEs from the JSON that the scripts wrote.
+
+A table stands between ``<!-- name -->`` and ``<!-- /name -->``; `SECTIONS` (benchmarks/README.md)
+and `SUMMARIES` (README.md) say which. A place stays as it is while there is no result for it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import accuracy
+from _common import RESULTS, paired_ratio
+
+HERE = Path(__file__).parent
+Report = dict[str, Any]
+# Name of a place, the result that fills it, and how.
+Places = Mapping[str, tuple[str, Callable[[Report], str]]]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table with the first column to the left and numbers to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])
+
+
+def accuracy_section(report: Report) -> str:
+    """One table a data set: means over the seeds."""
+    parts = [origin(report)]
+    for name, compared in report["data"].items():
+        rows = [
+            [
+                f"{run['method']}, {run['setting']}",
+                accuracy.spread_out(run["ndcg@20"]),
+                accuracy.spread_out(run["recall@20"]),
+                f"{statistics.median(run['seconds']):.2f}",
+            ]
+            for run in compared["results"]
+        ]
+        parts.append(f"**{accuracy.headline(name, compared)}**")
+        parts.append(markdown(["", "NDCG@20", "recall@20", "seconds of a fit"], rows))
+        chosen = [
+            f"{method}: {_words(tuning['chosen'])}" for method, tuning in compared["tuning"].items()
+        ]
+        if chosen:
+            parts.append(f"Tuned: {'; '.join(chosen)}.")
+    return "\n\n".join([*parts, *goals(report)])
+
+
+def accuracy_summary(report: Report) -> str:
+    """One table: NDCG@20 of every method on every data set."""
+    cells: dict[str, dict[str, str]] = {}
+    for name, compared in report["data"].items():
+        for run in compared["results"]:
+            row = f"{run['method']}, {run['setting']}"
+            cells.setdefault(row, {})[name] = f"{statistics.fmean(run['ndcg@20']):.3f}"
+    return _by_data(cells, list(report["data"]))
+
+
+def cohort_speed_section(report: Report) -> str:
+    """One table a data set: medians over the runs, and how they compare with the engine."""
+    parts = [origin(report)]
+    for name, result in report["data"].items():
+        rows = []
+        for contender, values in result["seconds"].items():
+            median = statistics.median(values)
+            speed = ratio = ""
+            if not contender.startswith("whole-data"):  # no examples, and another objective
+                speed = f"{result['examples'] / median / 1e6:.2f}"
+                ratio = f"{paired_ratio(values, _engine(result, contender)):.1f}"
+            rows.append([contender, f"{median:.3f}", speed, ratio])
+        parts.append(
+            f"**{name}: {result['users']:,} clients, {result['examples']:,} examples a round**"
+        )
+        header = ["", "seconds", "million examples/s", "times the engine's seconds"]
+        parts.append(markdown(header, rows))
+    return "\n\n".join([*parts, *goals(report)])
+
+
+def cohort_speed_summary(report: Report) -> str:
+    """One table: seconds of a round of every contender on every data set."""
+    cells: dict[str, dict[str, str]] = {}
+    for name, result in report["data"].items():
+        for contender, values in result["seconds"].items():
+            if not contender.endswith("full batch"):
+                cells.setdefault(contender, {})[name] = f"{statistics.median(values):.3f} s"
+    return _by_data(cells, list(report["data"]))
+
+
+def whole_data_section(report: Report) -> str:
+    """One table a data set: variants by participation."""
+    parts = [origin(report)]
+    for result in report["results"]:
+        cells: dict[str, dict[str, str]] = {}
+        for run in result["rows"]:
+            share = f"{100 * run['participation']:g}% of clients"
+            mean = f"{run['ndcg@20']:.4f} ± {run['spread']:.4f}"
+            cells.setdefault(run["variant"], {})[share] = mean
+        shares = list(next(iter(cells.values())))
+        parts += [f"**{result['data']}**, NDCG@20", _by_data(cells, shares)]
+    return "\n\n".join([*parts, *goals(report)])
+
+
+SECTIONS: Places = {
+    "accuracy": ("accuracy", accuracy_section),
+    "cohort_speed": ("cohort_speed", cohort_speed_section),
+    "whole_data": ("whole_data", whole_data_section),
+}
+SUMMARIES: Places = {
+    "accuracy": ("accuracy", accuracy_summary),
+    "speed": ("cohort_speed", cohort_speed_summary),
+}
+
+
+def origin(report: Report) -> str:
+    """Say with which command and where the numbers came about."""
+    machine = report["machine"]
+    versions = [f"{part} {machine[part]}" for part in ("python", "torch", "numpy")]
+    return (
+        f"`{report['command']}` on {machine['cpu']}, {machine['cores']} cores; "
+        f"{', '.join(versions)}."
+    )
+
+
+def goals(report: Report) -> list[str]:
+    """Return a table of the goals, or nothing if there are none."""
+    rows = [
+        [
+            goal["what"],
+            f"{goal['value']:.4g}",
+            f"{'≥' if goal['at_least'] else '≤'} {goal['target']:.4g}",
+            "yes" if goal["held"] else "no",
+        ]
+        for goal in report["goals"]
+    ]
+    return [markdown(["goal", "value", "target", "held"], rows)] if rows else []
+
+
+def rewrite(text: str, reports: Mapping[str, Report], places: Places) -> str:
+    """Fill the marked places of a text."""
+    for place, (result, write) in places.items():
+        if result in reports:
+            marked = re.compile(rf"(<!-- {place} -->\n).*?(<!-- /{place} -->)", re.DOTALL)
+            body = write(reports[result])
+            text = marked.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)
+    return text
+
+
+def _engine(result: Report, contender: str) -> list[float]:
+    """Seconds of the engine with the contender's mini-batches."""
+    kind = "full batch" if contender.endswith("full batch") else "batches of 64"
+    seconds: list[float] = result["seconds"][f"engine, {kind}"]
+    return seconds
+
+
+def _by_data(cells: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> str:
+    rows = [[row, *(cells[row].get(column, "") for column in columns)] for row in cells]
+    return markdown(["", *columns], rows)
+
+
+def _words(params: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in params.items()) or "the defaults"
+
+
+def main() -> int:
+    reports = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    for readme, places in (
+        (HERE / "README.md", SECTIONS),
+        (HERE.parent / "README.md", SUMMARIES),
+    ):
+        readme.write_text(rewrite(readme.read_text(), reports, places))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
