@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +214,12 @@ def command(arguments: argparse.Namespace, script: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Describe processor and software."""
+    """Describe processor and software, with the versions of what is compared with."""
+    others = {
+        name: metadata.version(name)
+        for name in ("implicit", "pfl")
+        if importlib.util.find_spec(name) is not None
+    }
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -223,6 +230,7 @@ def machine() -> dict[str, Any]:
         "scipy": scipy.__version__,
         "scikit-learn": sklearn.__version__,
         "fedrecsk": fedrecsk.__version__,
+        **others,
     }
 
 

@@ -119,7 +119,8 @@ SUMMARIES: Places = {
 def origin(report: Report) -> str:
     """Say with which command and where the numbers came about."""
     machine = report["machine"]
-    versions = [f"{part} {machine[part]}" for part in ("python", "torch", "numpy")]
+    named = ("python", "torch", "numpy", "implicit", "pfl")
+    versions = [f"{part} {machine[part]}" for part in named if part in machine]
     return (
         f"`{report['command']}` on {machine['cpu']}, {machine['cores']} cores; "
         f"{', '.join(versions)}."

@@ -256,7 +256,12 @@ def _train_fused(
 ) -> LocalResult:
     """One user a client, SGD: batched products over contiguous private rows."""
     rate, fan = optimizer.learning_rate, examples.items.shape[1]
-    layout = [_lay_out(cohort, examples, number) for number in range(examples.n_batches)]
+    by_step = torch.argsort(examples.batch, stable=True)
+    per_step = torch.bincount(examples.batch, minlength=examples.n_batches).tolist()
+    layout = [
+        _lay_out(cohort, examples, number, inside)
+        for number, inside in enumerate(torch.split(by_step, per_step))
+    ]
     row_items = torch.cat([part.items for part in layout])
     rows = item_table.index_select(0, row_items)
     ends = np.cumsum([len(part.items) for part in layout])
@@ -319,13 +324,12 @@ class _Part:
     mask: Tensor
 
 
-def _lay_out(cohort: Cohort, examples: LocalExamples, number: int) -> _Part:
-    """Lay mini-batch `number` of every client that has one side by side, padded to the longest."""
+def _lay_out(cohort: Cohort, examples: LocalExamples, number: int, inside: Tensor) -> _Part:
+    """Lay mini-batch `number`, rows `inside`, of every client side by side, padded alike."""
     first = int((cohort.counts <= number * examples.per_batch).sum())
     most = int(cohort.counts.max(initial=0))
     longest = max(0, min(examples.per_batch, most - number * examples.per_batch))
     n_clients, fan = cohort.n_users - first, examples.items.shape[1]
-    inside = torch.nonzero(examples.batch == number)[:, 0]
     client, slot = cohort.row_user[inside] - first, examples.slot[inside]
     items = examples.items.new_zeros(n_clients, longest, fan)
     items[client, slot] = examples.items[inside]
