@@ -112,14 +112,9 @@ def csr_product(
     indptr: Tensor, columns: Tensor, data: Tensor, dense: Tensor, n_rows: int
 ) -> Tensor:
     """Product of a CSR matrix (n_rows, len(dense)) with a dense one, on any device."""
-    with warnings.catch_warnings():
-        # torch announces on first use that CSR tensors are in beta; we use the product alone,
-        # and the tests compare it with a loop.
-        warnings.filterwarnings("ignore", message=".*[Ss]parse", category=UserWarning)
-        matrix = torch.sparse_csr_tensor(
-            indptr, columns, data, size=(n_rows, len(dense)), check_invariants=False
-        )
-        return matrix @ dense
+    size = (n_rows, len(dense))
+    matrix = torch.sparse_csr_tensor(indptr, columns, data, size=size, check_invariants=False)
+    return matrix @ dense
 
 
 def weighted_mean(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -136,3 +131,17 @@ def weighted_mean(numerator: Tensor, denominator: Tensor) -> Tensor:
     """
     safe = torch.where(denominator > 0, denominator, torch.ones_like(denominator))
     return numerator / safe[:, None]
+
+
+def _hear_out_torch() -> None:
+    """Make the first CSR tensor of the process, on which torch says that they are in beta.
+
+    It says so once. We use the product alone, and the tests compare it with a loop.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Ss]parse", category=UserWarning)
+        one = torch.ones(1)
+        csr_product(torch.tensor([0, 1]), torch.tensor([0]), one, one[:, None], 1)
+
+
+_hear_out_torch()

@@ -196,7 +196,8 @@ def bce_step(
     total_rows = float(max(client_rows[delegates].sum(), 1))
     numerator, denominator = torch.zeros_like(table), table.new_zeros(len(table), 1)
     user_factors = state.user_factors.clone()
-    losses, n_examples, n_private = table.new_zeros(()), table.new_zeros(()), table.new_zeros(())
+    losses, n_examples = table.new_zeros(()), table.new_zeros(())
+    n_private = torch.zeros((), dtype=torch.int64, device=table.device)
     for cohort in shards.chunks(delegates, rows_per_interaction=1 + n_negatives):
         result = sampled_bce.train(
             cohort,
