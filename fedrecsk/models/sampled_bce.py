@@ -256,92 +256,96 @@ def _train_fused(
 ) -> LocalResult:
     """One user a client, SGD: batched products over contiguous private rows."""
     rate, fan = optimizer.learning_rate, examples.items.shape[1]
-    by_step = torch.argsort(examples.batch, stable=True)
-    per_step = torch.bincount(examples.batch, minlength=examples.n_batches).tolist()
-    layout = [
-        _lay_out(cohort, examples, number, inside)
-        for number, inside in enumerate(torch.split(by_step, per_step))
-    ]
-    row_items = torch.cat([part.items for part in layout])
+    spans, place = _side_by_side(cohort, examples)
+    n_places = spans[-1].stop if spans else 0
+    row_items = examples.items.new_zeros(n_places, fan)
+    row_items[place] = examples.items
+    row_valid = examples.valid.new_zeros(n_places, fan)
+    row_valid[place] = examples.valid
+    row_clients = place.new_zeros(n_places)
+    row_clients[place] = cohort.row_user
+    row_items, row_valid = row_items.reshape(-1), row_valid.reshape(-1)
     rows = item_table.index_select(0, row_items)
-    ends = np.cumsum([len(part.items) for part in layout])
+    weight = row_valid.to(rows.dtype)
     parts = [
-        (part.first, part.mask.to(rows.dtype), block.reshape(*part.mask.shape, rows.shape[1]))
-        for part, block in zip(layout, torch.tensor_split(rows, ends[:-1].tolist()), strict=True)
+        (
+            span.first,
+            weight[span.start * fan : span.stop * fan].reshape(-1, span.longest * fan),
+            rows[span.start * fan : span.stop * fan].reshape(-1, span.longest * fan, rows.shape[1]),
+        )
+        for span in spans
     ]
     label = item_table.new_zeros(examples.per_batch, fan)
     label[:, 0] = 1.0
     label = label.reshape(-1)
     users, trainable = _with_constant(user_vectors, item_bias)
-    losses, n_examples = users.new_zeros(cohort.n_users), users.new_zeros(cohort.n_users)
+    losses = users.new_zeros(cohort.n_users)
     for epoch in range(local_epochs):
         for first, mask, block in parts:  # block: (c, b, width), a view of rows
-            vec, target = users[first:], label[: mask.shape[1]]  # (c, width), (b,)
+            vec, target = users[first:], label[: mask.shape[1]]  # (c, width), a view, and (b,)
             score = torch.bmm(block, vec[:, :, None])[:, :, 0]  # (c, b)
             error = (torch.sigmoid(score) - target).mul_(mask)
             if epoch == 0:
                 loss = torch.nn.functional.softplus(score) - target * score
                 losses[first:] += (loss * mask).sum(1)
-                n_examples[first:] += mask.sum(1)
             grad = torch.bmm(error[:, None, :], block)[:, 0]
             if l2:
                 grad = grad + l2 * mask.sum(1, keepdim=True) * vec
                 block.mul_(1.0 - rate * l2 * mask[:, :, None])
             block.addcmul_(error[:, :, None], vec[:, None, :], value=-rate)
-            users[first:] = vec - rate * grad * trainable
+            vec.sub_(grad * trainable, alpha=rate)
+    n_examples = losses.new_zeros(cohort.n_users)
+    n_examples.index_add_(0, cohort.row_user, examples.valid.sum(1).to(losses.dtype))
     return LocalResult(
         user_vectors=users[:, : user_vectors.shape[1]],
         row_items=row_items,
-        row_clients=torch.cat([part.clients for part in layout]),
+        row_clients=row_clients.repeat_interleave(fan),
         row_values=rows,
-        row_valid=torch.cat([part.mask.reshape(-1) for part in layout]),
+        row_valid=row_valid,
         losses=losses,
         n_examples=n_examples,
         item_table=item_table,
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """One local step: the mini-batches with the same number of the clients that have one.
-
-    A private row belongs to exactly one mini-batch, so the rows of a step lie together and are
-    updated in place through all epochs.
+@dataclass(frozen=True)
+class _Span:
+    """Where the mini-batches with one number lie, of the clients that have so many.
 
     Attributes
     ----------
     first : int
-        Clients ascend by size, so those with a batch are the last c; this is the first of them.
-    items, clients : Tensor of shape (c * b,)
-        Of each row; `clients` counts within the cohort.
-    mask : Tensor of shape (c, b), bool
-        False for padding.
+        Clients ascend by size, so those with a batch are the last ones; the first of them.
+    longest : int
+        Positives of each in the padded layout.
+    start, stop : int
+        Places of the positives, client by client.
     """
 
     first: int
-    items: Tensor
-    clients: Tensor
-    mask: Tensor
+    longest: int
+    start: int
+    stop: int
 
 
-def _lay_out(cohort: Cohort, examples: LocalExamples, number: int, inside: Tensor) -> _Part:
-    """Lay mini-batch `number`, rows `inside`, of every client side by side, padded alike."""
-    first = int((cohort.counts <= number * examples.per_batch).sum())
+def _side_by_side(cohort: Cohort, examples: LocalExamples) -> tuple[list[_Span], Tensor]:
+    """Lay out positives so that every local step is a slice; return the place (n,) of each.
+
+    A private row belongs to exactly one mini-batch, so the rows of a step lie together and are
+    updated in place through all epochs.
+    """
     most = int(cohort.counts.max(initial=0))
-    longest = max(0, min(examples.per_batch, most - number * examples.per_batch))
-    n_clients, fan = cohort.n_users - first, examples.items.shape[1]
-    client, slot = cohort.row_user[inside] - first, examples.slot[inside]
-    items = examples.items.new_zeros(n_clients, longest, fan)
-    items[client, slot] = examples.items[inside]
-    valid = examples.valid.new_zeros(n_clients, longest, fan)
-    valid[client, slot] = examples.valid[inside]
-    clients = torch.arange(first, cohort.n_users, device=items.device)
-    return _Part(
-        first=first,
-        items=items.reshape(-1),
-        clients=clients.repeat_interleave(longest * fan),
-        mask=valid.reshape(n_clients, longest * fan),
-    )
+    spans, stop = [], 0
+    for number in range(-(-most // examples.per_batch)):
+        start, done = stop, number * examples.per_batch
+        first = int(np.searchsorted(cohort.counts, done, side="right"))
+        longest = min(examples.per_batch, most - done)
+        stop = start + (cohort.n_users - first) * longest
+        spans.append(_Span(first, longest, start, stop))
+    table = [(span.start, span.first, span.longest) for span in spans]
+    layout = torch.tensor(table, dtype=torch.int64, device=cohort.device).reshape(-1, 3)
+    start_of, first_of, longest_of = layout[examples.batch].unbind(1)
+    return spans, start_of + (cohort.row_user - first_of) * longest_of + examples.slot
 
 
 def _train_pooled(
