@@ -138,12 +138,15 @@ def draw_examples(
     stratum = column * seen + position[:, None]  # (n, n_negatives)
     n_strata = torch.minimum(seen * n_negatives, unseen)
     valid = stratum < n_strata
-    per_stratum = n_strata.clamp_min(1)
-    low = stratum * unseen // per_stratum
-    width = (stratum + 1) * unseen // per_stratum - low
+    # Strata of equal size, the first ones with one item more where it does not come out even.
+    size = unseen // n_strata.clamp_min(1)
+    larger = unseen - size * n_strata
+    low = stratum * size + torch.minimum(stratum, larger)
+    width = size + (stratum < larger)
     within = counter_uniform(derived_key(key, "negatives"), user[:, None], stratum) * width
     offset = counter_uniform(derived_key(key, "offset"), cohort.users) * (n_items - counts)
-    rank = (low + within.long() + offset.long()[cohort.row_user][:, None]) % unseen.clamp_min(1)
+    rank = low + within.long() + offset.long()[cohort.row_user][:, None]
+    rank = torch.where(rank < unseen, rank, rank - unseen)
     negatives = _unseen_item(cohort, rank, n_items, valid)
 
     items = torch.cat([cohort.items[:, None], negatives], dim=1)
