@@ -11,6 +11,8 @@ import numpy.typing as npt
 from fedrecsk.metrics.balance import client_balance
 from fedrecsk.metrics.scorers import evaluate, recommender_of
 
+__all__ = ["ClientBalanceDisplay", "ConvergenceDisplay"]
+
 FloatArray = npt.NDArray[np.float64]
 
 _METRIC_LABELS = {
