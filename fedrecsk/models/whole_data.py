@@ -16,8 +16,7 @@ the gradient of an item is a sum over users, and so is all that a quasi-Newton s
 The exact Hessian would need a d x d matrix per item from every client. Users of one item are
 alike, mostly along v_i, so the Gram matrix of all users underestimates the curvature there and
 a full step overshoots on sparse catalogues; the rank-one term c_i repairs that for one number a
-row (ours; without it a full-participation fit of a catalogue with 17,000 items stalls a quarter
-below the optimum).
+row (ours; benchmarks/whole_data.py leaves it out).
 
 Regularisation follows Rendle, Krichene, Zhang and Koren (RecSys 2022): λ grows with a power of
 the number of interactions. We scale it by the mean, λ_u = l2 n_u^ν n̄^(1-ν), so that `l2` keeps
@@ -302,9 +301,10 @@ def default_l2(n_rows: int, n_users: int, n_items: int) -> float:
 
     The penalty shrinks the singular values of the fitted matrix by about l2 √(n̄_u n̄_i), with n̄
     the mean interactions of a user and of an item. A random 0/1 matrix with such sums has noise
-    of spectral norm √n̄_u + √n̄_i; directions below it are noise. Half the ratio was the best
-    or within 1% of it on validation rows of four catalogues (1,700 to 19,000 items, 5 to 106
-    interactions a user), and on generated data. At most 0.5: tiny data must not shrink to zero.
+    of spectral norm √n̄_u + √n̄_i; directions below it are noise. Half the ratio, of
+    .3 to .6, was the best or within 1% of it on validation rows of four catalogues (1,700 to
+    19,000 items, 4 to 106 interactions a user); noisier generated data would have even more. At
+    most 0.5: tiny data must not shrink to zero.
 
     Examples
     --------
@@ -320,8 +320,8 @@ def default_unobserved_weight(n_rows: int, n_users: int, n_items: int) -> float:
     """Weight of an unobserved pair that suits the density of the data.
 
     All unobserved pairs together weigh at most thirty times the observed ones, and a single one
-    never more than an observed one. The factor was chosen on validation data of four catalogues
-    with 1,700 to 19,000 items; 10 and 30 differ by less than 2% of NDCG@20 there.
+    never more than an observed one. The factor was chosen in a pilot on four catalogues with
+    1,700 to 19,000 items: ten ranked as well on the dense ones and up to 4% worse on the sparse.
 
     Examples
     --------
