@@ -5,8 +5,10 @@ all items that the user had not in training are ranked; the number is NDCG@20, m
 
 Each method but popularity comes with its defaults and tuned. Tuning tries the defaults and the
 candidates in `METHODS`, the same number for every method, on another fifth held out from the
-training rows of the first seed; the best is then fitted to all training rows of each seed. The
-lists of candidates were laid down on such validation rows too; test rows chose nothing.
+training rows of the first seed; the best is then fitted to all training rows of each seed.
+Within this script test rows choose nothing. But the lists of candidates, of FedFNN and of ALS,
+and FedFNN's automatic defaults were developed on other random splits of these same data sets, some
+of them judged on held-out rows. Only data not used so far can say what they are worth elsewhere.
 
 ALS is `implicit.als.AlternatingLeastSquares` with 32 factors: all data in one place, no clients.
 It is judged by the same code as the rest, and left out where implicit is not installed.
