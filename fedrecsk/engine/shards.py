@@ -40,6 +40,8 @@ class Cohort:
         Item codes, grouped by user in the order of `users`, ascending within a user.
     row_user : Tensor of shape (n,), int64
         Position in `users` of each row's user.
+    client_rows : ndarray of shape (C,)
+        Rows of each client.
     single_user : bool
         Whether every client holds exactly one user.
     """
@@ -50,6 +52,7 @@ class Cohort:
     counts: NDArray[np.int64]
     items: Tensor
     row_user: Tensor
+    client_rows: NDArray[np.int64]
     single_user: bool
 
     @property
@@ -72,9 +75,9 @@ class Cohort:
         return torch.from_numpy(np.concatenate([[0], np.cumsum(self.counts)])).to(self.device)
 
     def padded(self, values: Tensor, fill: float | int) -> Tensor:
-        """Lay values of rows (n,) out as (U, longest), filled up with `fill`."""
+        """Lay values of rows (n, ...) out as (U, longest, ...), filled up with `fill`."""
         width = int(self.counts.max(initial=1))
-        out = values.new_full((self.n_users, width), fill)
+        out = values.new_full((self.n_users, width, *values.shape[1:]), fill)
         out[self.row_user, self.position()] = values
         return out
 
@@ -249,6 +252,7 @@ class ClientShards:
             counts=counts,
             items=self.items[rows],
             row_user=torch.from_numpy(np.repeat(np.arange(len(slots)), counts)).to(self.device),
+            client_rows=np.bincount(owner, counts, len(clients)).astype(np.int64),
             single_user=np.array_equal(owner, np.arange(len(clients))),
         )
 

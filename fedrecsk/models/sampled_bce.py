@@ -117,7 +117,7 @@ def draw_examples(
     n_negatives : int
         Per positive.
     batch_size : int or None
-        LocalExamples in a local step; a positive stays with its negatives. None: all at once.
+        Examples in a local step; a positive stays with its negatives. None: all at once.
     key : int
         Of the round, see `Streams.key`.
 
@@ -151,8 +151,7 @@ def draw_examples(
 
     items = torch.cat([cohort.items[:, None], negatives], dim=1)
     keep = torch.cat([torch.ones_like(valid[:, :1]), valid], dim=1)
-    client_rows = np.bincount(cohort.owner.cpu().numpy(), cohort.counts)
-    largest = max(1, int(client_rows.max(initial=0)))
+    largest = max(1, int(cohort.client_rows.max(initial=0)))
     per_batch = largest if batch_size is None else max(1, batch_size // (1 + n_negatives))
     rank = _rank_in_client(cohort, derived_key(key, "shuffle"), shuffle=batch_size is not None)
     return LocalExamples(
@@ -217,7 +216,7 @@ def train(
     n_negatives : int
         Negatives per positive, drawn anew each round.
     batch_size : int or None
-        LocalExamples per local step; None for all of a client's.
+        Examples per local step; None for all of a client's.
     local_epochs : int
     optimizer : Optimizer
     l2 : float
@@ -384,8 +383,11 @@ def _train_pooled(
 
     rows = item_table.index_select(0, row_items)
     users, trainable = _with_constant(user_vectors, item_bias)
-    update = _SparseSgd if optimizer.name == "sgd" else _DenseUpdate
-    apply = update(users, rows, trainable, cohort.owner, row_clients, n_clients, optimizer)
+    apply = (
+        _SparseSgd(users, rows, trainable, optimizer.learning_rate)
+        if optimizer.name == "sgd"
+        else _DenseUpdate(users, rows, trainable, cohort.owner, row_clients, n_clients, optimizer)
+    )
     losses = rows.new_zeros(n_clients)
     for epoch in range(local_epochs):
         for step in steps:
@@ -412,18 +414,9 @@ def _train_pooled(
 class _SparseSgd:
     """Plain SGD moves only the users and rows of the mini-batch, in buffers it owns."""
 
-    def __init__(
-        self,
-        users: Tensor,
-        rows: Tensor,
-        trainable: Tensor,
-        user_clients: Tensor,
-        row_clients: Tensor,
-        n_clients: int,
-        optimizer: Optimizer,
-    ) -> None:
+    def __init__(self, users: Tensor, rows: Tensor, trainable: Tensor, rate: float) -> None:
         self.users, self.rows = users, rows
-        self._trainable, self._rate = trainable, optimizer.learning_rate
+        self._trainable, self._rate = trainable, rate
 
     def step(
         self, user: Tensor, row: Tensor, client: Tensor, user_grad: Tensor, row_grad: Tensor
@@ -522,12 +515,8 @@ def refit_users(
     )
     width = user_vectors.shape[1]
     fan = examples.items.shape[1]
-    longest = int(cohort.counts.max(initial=1))
-    items = examples.items.new_zeros(cohort.n_users, longest, fan)
-    items[cohort.row_user, cohort.position()] = examples.items
-    valid = examples.valid.new_zeros(cohort.n_users, longest, fan)
-    valid[cohort.row_user, cohort.position()] = examples.valid
-    mask = valid.reshape(cohort.n_users, -1).to(item_table.dtype)
+    items = cohort.padded(examples.items, 0)
+    mask = cohort.padded(examples.valid, False).reshape(cohort.n_users, -1).to(item_table.dtype)
     rows = item_table[items.reshape(-1)].reshape(*mask.shape, item_table.shape[1])
     label = torch.zeros_like(mask)
     label[:, ::fan] = 1.0
