@@ -200,6 +200,15 @@ def test_import_is_light():
     assert seconds < 5
 
 
+def test_import_adds_little_to_its_dependencies():
+    """Of the two seconds that the import may take, torch and scikit-learn need nearly all."""
+    seconds = run(
+        "import time, torch, sklearn.base, sklearn.callback, sklearn.pipeline, narwhals.stable.v2;"
+        "began = time.process_time(); import fedrecsk; print(time.process_time() - began)"
+    )
+    assert float(seconds) < 0.25
+
+
 def test_optional_packages_are_optional():
     """No DataFrame library is needed; scikit-learn alone imports pandas where it finds it."""
     optional = ["pandas", "polars", "pyarrow", "matplotlib", "rich"]
