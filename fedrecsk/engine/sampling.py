@@ -68,6 +68,37 @@ def epoch_cohorts(n_clients: int, size: int, rng: np.random.Generator) -> list[N
     return [np.sort(order[start : start + size]) for start in range(0, n_clients, size)]
 
 
+def epoch_cohort(
+    turns: NDArray[np.int64], size: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Draw the clients that have had the fewest turns, at random among equals.
+
+    Everybody takes part once before anybody does so twice, in cohorts of exactly `size`.
+
+    Parameters
+    ----------
+    turns : ndarray of shape (n_clients,)
+        Rounds in which each client took part.
+    size : int
+        Cohort size, at most ``len(turns)``.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    ndarray of shape (size,), dtype int64
+        Ascending.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fedrecsk.engine.sampling import epoch_cohort
+    >>> epoch_cohort(np.array([1, 0, 1, 0, 2]), 2, np.random.default_rng(0)).tolist()
+    [1, 3]
+    """
+    order = np.lexsort((rng.random(len(turns)), turns))
+    return np.sort(order[:size]).astype(np.int64)
+
+
 def stratified_cohort(
     labels: NDArray[np.int64], size: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:

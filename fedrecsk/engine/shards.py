@@ -171,6 +171,13 @@ class ClientShards:
         """Number of interactions of each client, shape (n_clients,)."""
         return np.diff(self.row_offsets[self.client_offsets])
 
+    @property
+    def user_rows(self) -> NDArray[np.int64]:
+        """Number of interactions of each user, shape (n_users,), by user code."""
+        rows = np.empty(self.n_users, dtype=np.int64)
+        rows[self.users] = np.diff(self.row_offsets)
+        return rows
+
     def users_of(self, clients: NDArray[np.int64]) -> NDArray[np.int64]:
         """User codes held by `clients`, in their order."""
         return self.users[concatenate_ranges(self.client_offsets, clients)]

@@ -536,10 +536,16 @@ def refit_users(
     return users
 
 
-def _with_constant(user_vectors: Tensor, item_bias: bool) -> tuple[Tensor, Tensor]:
-    """Append the constant 1 that meets the bias column; the mask keeps it constant."""
-    trainable = user_vectors.new_ones(user_vectors.shape[1])
+def with_constant(user_vectors: Tensor, item_bias: bool) -> Tensor:
+    """Copy user vectors (U, d), with the constant 1 appended that meets an item bias."""
     if not item_bias:
-        return user_vectors.clone(), trainable
-    ones = user_vectors.new_ones(len(user_vectors), 1)
-    return torch.cat([user_vectors, ones], dim=1), torch.cat([trainable, trainable.new_zeros(1)])
+        return user_vectors.clone()
+    return torch.cat([user_vectors, user_vectors.new_ones(len(user_vectors), 1)], dim=1)
+
+
+def _with_constant(user_vectors: Tensor, item_bias: bool) -> tuple[Tensor, Tensor]:
+    """Append the constant of `with_constant`; the mask keeps it constant."""
+    users = with_constant(user_vectors, item_bias)
+    trainable = users.new_ones(users.shape[1])
+    trainable[user_vectors.shape[1] :] = 0.0
+    return users, trainable

@@ -332,20 +332,42 @@ def default_unobserved_weight(n_rows: int, n_users: int, n_items: int) -> float:
     return min(1.0, 30.0 * n_rows / (n_users * n_items))
 
 
-def default_rate(participation: float, t: int) -> float:
-    """Server rate η for a share of participating users in round `t` (from 0).
+def steady_rate(participation: float, t: int) -> float:
+    """Server rate for a share of participating users once the first rounds are over.
 
     A full step where everybody takes part; smaller where the sums are estimates, and falling
     with the square root of the number of passes over the population, as noise is averaged out.
 
+    Parameters
+    ----------
+    participation : float in (0, 1]
+    t : int
+        Rounds so far, those of earlier fits included: new rows do not make what is known worth
+        less.
+
     Examples
     --------
-    >>> from fedrecsk.models.whole_data import default_rate
-    >>> default_rate(1.0, 9), round(default_rate(0.2, 0), 3), round(default_rate(0.2, 39), 3)
+    >>> from fedrecsk.models.whole_data import steady_rate
+    >>> steady_rate(1.0, 9), round(steady_rate(0.2, 0), 3), round(steady_rate(0.2, 39), 3)
     (1.0, 0.278, 0.11)
     """
     passes = (t + 1) * participation * (1.0 - participation)
     return float(participation**0.75 / (1.0 + passes) ** 0.5)
+
+
+def default_rate(participation: float, t: int) -> float:
+    """Server rate η in round `t` (from 0).
+
+    At least 1 / (t + 1): at the start there is nothing to keep, and the mean of the first few
+    estimates, which this amounts to, is worth more than small steps away from noise.
+
+    Examples
+    --------
+    >>> from fedrecsk.models.whole_data import default_rate
+    >>> default_rate(0.05, 0), default_rate(0.05, 1), round(default_rate(0.05, 39), 3)
+    (1.0, 0.5, 0.062)
+    """
+    return max(steady_rate(participation, t), 1.0 / (t + 1))
 
 
 def _padded_rows(cohort: Cohort, item_factors: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ import pytest
 
 from fedrecsk.engine.sampling import (
     cohort_size,
+    epoch_cohort,
     epoch_cohorts,
     stratified_cohort,
     uniform_cohort,
@@ -67,6 +68,40 @@ def test_epoch_cohorts_are_shuffled():
     first = [epoch_cohorts(10, 5, np.random.default_rng(s))[0].tolist() for s in range(400)]
     counts = np.bincount(np.concatenate(first), minlength=10)
     assert_equally_often(counts, 400, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("n_clients", "size"), [(23, 7), (10, 4), (9, 3), (5, 5), (6, 1), (7, 6), (1, 1)]
+)
+def test_epoch_cohort_takes_everybody_once_before_anybody_twice(n_clients, size):
+    turns, rng = np.zeros(n_clients, dtype=np.int64), np.random.default_rng(size)
+    for t in range(60):
+        before = turns.copy()
+        chosen = epoch_cohort(turns, size, rng)
+        assert np.array_equal(turns, before)
+        assert chosen.dtype == np.int64
+        assert len(chosen) == size
+        assert (np.diff(chosen) > 0).all()
+        turns[chosen] += 1
+        # The turns that were given out, dealt as evenly as whole numbers allow.
+        each, left = divmod((t + 1) * size, n_clients)
+        assert sorted(turns) == [each] * (n_clients - left) + [each + 1] * left
+
+
+def test_epoch_cohort_is_random_among_those_with_equal_turns():
+    turns = np.array([1, 0, 1, 2, 1, 0, 1, 5])
+    trials, rng = 3000, np.random.default_rng(3)
+    together = np.zeros((len(turns), len(turns)))
+    for _ in range(trials):
+        chosen = epoch_cohort(turns, 4, rng)
+        together[np.ix_(chosen, chosen)] += 1
+    counts = np.diag(together)
+    assert counts[[1, 5]].tolist() == [trials] * 2  # nobody has had fewer turns
+    assert counts[[3, 7]].tolist() == [0] * 2
+    middle = np.array([0, 2, 4, 6])  # two of four, each pair alike
+    assert_equally_often(counts[middle], trials, 2 / 4)
+    pairs = together[np.ix_(middle, middle)][np.triu_indices(4, 1)]
+    assert_equally_often(pairs, trials, 1 / 6)
 
 
 def fair_quotas(sizes, size):

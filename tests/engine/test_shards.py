@@ -92,6 +92,11 @@ def test_client_items_are_the_distinct_items_of_a_client(shards):
     assert shards.client_items.tolist() == [len(own) for own in items]
 
 
+def test_user_rows_are_by_user_code(shards):
+    assert shards.user_rows.tolist() == [len(own) for own in items_by_user(shards)]
+    assert shards.user_rows.sum() == shards.client_rows.sum() == len(shards.items)
+
+
 def test_cohort_holds_the_clients_in_the_order_asked_for(shards):
     clients = np.random.default_rng(0).permutation(shards.n_clients)[: shards.n_clients // 2 + 1]
     cohort = shards.cohort(clients)

@@ -11,6 +11,7 @@ from fedrecsk.models.whole_data import (
     default_unobserved_weight,
     server_step,
     solve_users,
+    steady_rate,
     user_sums,
 )
 from tests.reference import whole_data_reference as reference
@@ -89,15 +90,29 @@ def test_default_unobserved_weight_balances_and_is_bounded():
     assert weights == sorted(weights)
 
 
-def test_default_rate_is_a_full_step_for_everybody_and_falls_with_time():
-    assert [default_rate(1.0, t) for t in (0, 5, 500)] == [1.0, 1.0, 1.0]
+def test_steady_rate_is_a_full_step_for_everybody_and_falls_with_time():
+    assert [steady_rate(1.0, t) for t in (0, 5, 500)] == [1.0, 1.0, 1.0]
     for participation in (0.01, 0.05, 0.2, 0.5, 0.9):
-        rates = [default_rate(participation, t) for t in range(200)]
+        rates = [steady_rate(participation, t) for t in range(200)]
         assert all(0.0 < rate < 1.0 for rate in rates)
         assert (np.diff(rates) < 0).all()
     for t in (0, 10, 1000):
-        rates = [default_rate(share, t) for share in (0.01, 0.05, 0.2)]
+        rates = [steady_rate(share, t) for share in (0.01, 0.05, 0.2)]
         assert rates == sorted(rates)
+
+
+def test_default_rate_is_the_larger_of_the_schedule_and_one_over_the_rounds():
+    for participation in (0.001, 0.05, 0.2, 0.5, 0.9, 1.0):
+        rates = [default_rate(participation, t) for t in range(200)]
+        for t, rate in enumerate(rates):
+            schedule, mean = steady_rate(participation, t), 1.0 / (t + 1)
+            assert rate in (schedule, mean)
+            assert rate >= max(schedule, mean)
+        assert rates[0] == 1.0
+        assert (np.diff(rates) <= 0).all()
+    assert [default_rate(0.001, t) for t in range(4)] == [1.0, 1 / 2, 1 / 3, 1 / 4]
+    assert default_rate(0.2, 100) == steady_rate(0.2, 100)
+    assert [default_rate(1.0, t) for t in (0, 7, 500)] == [1.0] * 3
 
 
 # Users ------------------------------------------------------------------------------------

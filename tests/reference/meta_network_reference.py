@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedrecsk.methods.meta_network import HIDDEN_UNITS, TRAINING_STEPS
+from fedrecsk.methods.meta_network import HIDDEN_UNITS, LEARNING_RATE, TRAINING_STEPS
 
 
 def train_network(x: Tensor, y: Tensor, weight_decay: float, seed: int) -> nn.Sequential:
@@ -22,8 +22,8 @@ def train_network(x: Tensor, y: Tensor, weight_decay: float, seed: int) -> nn.Se
         first.weight.copy_(start.T)
         for parameter in (first.bias, last.weight, last.bias):
             parameter.zero_()
-    network = nn.Sequential(first, nn.Tanh(), last)
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.03)
+    network = nn.Sequential(first, nn.Tanh(), last).to(x.dtype)
+    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
     for _ in range(TRAINING_STEPS):
         decay = first.weight.square().sum() + last.weight.square().sum()
         loss = (network(x) - y).square().mean() + weight_decay * decay / width
