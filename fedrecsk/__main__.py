@@ -18,7 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fedrecsk
-from fedrecsk import FedAvgRecommender, FedFNNRecommender, PopularityRecommender
+from fedrecsk import (
+    FedAvgRecommender,
+    FedFastRecommender,
+    FedFNNRecommender,
+    PopularityRecommender,
+)
 from fedrecsk.datasets import load_interactions, make_interactions
 from fedrecsk.metrics import evaluate
 from fedrecsk.model_selection import PerUserHoldout
@@ -29,6 +34,7 @@ from fedrecsk.plotting import ClientBalanceDisplay, ConvergenceDisplay
 METHODS: dict[str, type[Any]] = {
     "popularity": PopularityRecommender,
     "fedavg": FedAvgRecommender,
+    "fedfast": FedFastRecommender,
     "fedfnn": FedFNNRecommender,
 }
 

@@ -15,6 +15,7 @@ PUBLIC = {
     "fedrecsk": {
         "FedAvgRecommender",
         "FedFNNRecommender",
+        "FedFastRecommender",
         "NothingHeldOutError",
         "NothingHeldOutWarning",
         "PopularityRecommender",

@@ -14,7 +14,8 @@ from fedrecsk.engine.traffic import sparse_row_bytes
 from fedrecsk.estimators._base import SHARED_CONSTRAINTS, Attributes, BaseRecommender, RoundWatch
 from fedrecsk.estimators._factors import score_factor_items, score_factor_pairs
 from fedrecsk.estimators._fedfnn import FACTOR_CONSTRAINTS, factor_probability, simulate_fedfnn
-from fedrecsk.estimators._sklearn import Constraints, StrOptions
+from fedrecsk.estimators._sklearn import Constraints
+from fedrecsk.methods.fedfnn import SamplingName
 
 
 class FedAvgRecommender(BaseRecommender):
@@ -27,8 +28,9 @@ class FedAvgRecommender(BaseRecommender):
 
     Parameters
     ----------
-    model : {"mf"}, default="mf"
-        Matrix factorisation.
+    model : {"mf", "ncf"}, default="mf"
+        Matrix factorisation, or neural collaborative filtering: a small network over a user and
+        an item vector, shared like the items (``objective="bce"``).
     n_factors : int, default=32
         Length of the user and item vectors.
     objective : {"bce", "whole-data"}, default="bce"
@@ -36,8 +38,9 @@ class FedAvgRecommender(BaseRecommender):
     n_rounds : int, default=40
     clients_per_round : int or float, default=0.2
         A number, or a share of all clients in (0, 1].
+    sampling : {"uniform", "epoch", "stratified"}, default="uniform"
     local_epochs : int, default=5
-    learning_rate : float, default=0.1
+    learning_rate : float or "auto", default="auto"
     batch_size : int or None, default=64
     n_negatives : int, default=4
     l2 : float or "auto", default="auto"
@@ -45,7 +48,7 @@ class FedAvgRecommender(BaseRecommender):
     unobserved_weight : float or "auto", default="auto"
     item_curvature : bool, default=True
     init_scale : float or "auto", default="auto"
-    optimizer : {"sgd", "momentum", "adam"}, default="sgd"
+    optimizer : {"auto", "sgd", "momentum", "adam"}, default="auto"
     item_bias : bool, default=True
     server_optimizer : {"sgd", "momentum", "adam"}, default="sgd"
     server_learning_rate : float or "auto", default="auto"
@@ -63,7 +66,9 @@ class FedAvgRecommender(BaseRecommender):
 
     Attributes
     ----------
-    user_factors_, item_factors_, item_bias_, times_sampled_, history_, n_rounds_ :
+    user_factors_, item_factors_, item_bias_, network_, times_sampled_, history_, n_rounds_ :
+        As in `FedFNNRecommender`.
+    item_evidence_, user_gram_, user_gram_weight_ :
         As in `FedFNNRecommender`.
     user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
         As in `FedFNNRecommender`.
@@ -86,19 +91,19 @@ class FedAvgRecommender(BaseRecommender):
 
     _parameter_constraints: ClassVar[Constraints] = {
         **FACTOR_CONSTRAINTS,
-        "model": [StrOptions({"mf"})],
     }
 
     def __init__(
         self,
-        model: Literal["mf"] = "mf",
+        model: Literal["mf", "ncf"] = "mf",
         *,
         n_factors: int = 32,
         objective: Literal["whole-data", "bce"] = "bce",
         n_rounds: int = 40,
         clients_per_round: int | float = 0.2,
+        sampling: SamplingName = "uniform",
         local_epochs: int = 5,
-        learning_rate: float = 0.1,
+        learning_rate: float | Literal["auto"] = "auto",
         batch_size: int | None = 64,
         n_negatives: int = 4,
         l2: float | Literal["auto"] = "auto",
@@ -106,7 +111,7 @@ class FedAvgRecommender(BaseRecommender):
         unobserved_weight: float | Literal["auto"] = "auto",
         item_curvature: bool = True,
         init_scale: float | Literal["auto"] = "auto",
-        optimizer: OptimizerName = "sgd",
+        optimizer: OptimizerName | Literal["auto"] = "auto",
         item_bias: bool = True,
         server_optimizer: OptimizerName = "sgd",
         server_learning_rate: float | Literal["auto"] = "auto",
@@ -126,6 +131,7 @@ class FedAvgRecommender(BaseRecommender):
         self.objective = objective
         self.n_rounds = n_rounds
         self.clients_per_round = clients_per_round
+        self.sampling = sampling
         self.local_epochs = local_epochs
         self.learning_rate = learning_rate
         self.batch_size = batch_size
@@ -157,8 +163,10 @@ class FedAvgRecommender(BaseRecommender):
             previous=dict(vars(self)) if go_on else None,
             n_factors=self.n_factors,
             objective=self.objective,
+            model=self.model,
             n_rounds=self.n_rounds,
             clients_per_round=self.clients_per_round,
+            sampling=self.sampling,
             local_epochs=self.local_epochs,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
@@ -179,7 +187,10 @@ class FedAvgRecommender(BaseRecommender):
             n_clusters=1,
             cv=2,
             patience=1,
+            patience_on="loss",
             gate=True,
+            anchor=True,
+            extra_inputs=False,
             refit=self.refit,
             early_stopping=self.early_stopping,
             validation_fraction=self.validation_fraction,

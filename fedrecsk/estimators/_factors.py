@@ -22,8 +22,10 @@ from fedrecsk.engine.rounds import EarlyStopping, Record, run_rounds
 from fedrecsk.engine.shards import ClientShards
 from fedrecsk.engine.streams import Streams
 from fedrecsk.estimators._base import SCORE_K, Attributes, RoundWatch
-from fedrecsk.methods.fedfnn import FactorState, Logs, random_factors
+from fedrecsk.methods.fedfnn import FactorState, Logs, random_factors, served_factors
 from fedrecsk.metrics.ranking import hits_of, ndcg_from_hits, top_k
+from fedrecsk.models import ncf
+from fedrecsk.models.whole_data import ServerStatistics
 
 # Early stopping ranks at most this many users a round.
 MAX_VALIDATION_USERS = 2_000
@@ -50,13 +52,10 @@ class Validation:
     seen_rows: NDArray[np.int64]
     seen_items: NDArray[np.int64]
 
-    def ndcg(self, users: Tensor, table: Tensor, n_factors: int) -> float:
-        """Mean NDCG@20 of the validation users for user vectors and an item table."""
+    def ndcg(self, users: Tensor, state: FactorState) -> float:
+        """Mean NDCG@20 of the validation users for user vectors (n_users, d) and a state."""
         chosen = torch.from_numpy(self.users).to(users.device)
-        scores = users[chosen] @ table[:, :n_factors].T
-        if table.shape[1] > n_factors:
-            scores = scores + table[:, n_factors]
-        array = scores.cpu().numpy()
+        array = score_table(users[chosen], state.item_table, state.head).cpu().numpy()
         array[self.seen_rows, self.seen_items] = -np.inf
         k = min(SCORE_K, array.shape[1])
         hits = hits_of(top_k(array, k), self.truth)
@@ -113,7 +112,8 @@ def fit_factors(
     n_factors: int,
     item_bias: bool,
     init_scale: float,
-    server_optimizer: Optimizer,
+    server_optimizer: Optimizer | None,
+    head: ncf.Head,
     n_rounds: int,
     validation: Validation | None,
     shards: ClientShards,
@@ -133,7 +133,7 @@ def fit_factors(
     refit : callable or None
         ``refit(state, clients) -> user vectors``: what users do on their own devices
         before inference.
-    n_factors, item_bias, init_scale, server_optimizer
+    n_factors, item_bias, init_scale, server_optimizer, head
         Of the start, see `fedrecsk.methods.fedfnn`.
     n_rounds : int
     validation : Validation or None
@@ -163,15 +163,27 @@ def fit_factors(
     first_round = 0
     if previous is not None:
         users, table = _take_over(users, table, data, previous)
+        head = _head_before(head, n_factors, previous)
         first_round = int(previous["n_rounds_"])
-    state = FactorState.start(users, table, server_optimizer, first_round=first_round)
+    state = FactorState.start(
+        users,
+        table,
+        server_optimizer,
+        n_clients=shards.n_clients,
+        head=head,
+        first_round=first_round,
+    )
     if previous is not None:
-        state = replace(state, times_sampled=_times_sampled_before(state, data, previous))
+        state = replace(
+            state,
+            times_sampled=_times_sampled_before(state, data, previous),
+            statistics=_statistics_before(state, data, previous),
+        )
     everybody = np.arange(shards.n_clients)
     round_now = first_round
 
     def attributes(state: FactorState) -> Attributes:
-        users = state.user_factors if refit is None else refit(state, everybody)
+        users = served_factors(state) if refit is None else refit(state, everybody)
         return _fitted(users, state, n_factors)
 
     stopping = None
@@ -179,8 +191,8 @@ def fit_factors(
         holders = np.unique(data.user_client[validation.users])
 
         def evaluate(state: FactorState) -> float:
-            users = state.user_factors if refit is None else refit(state, holders)
-            return validation.ndcg(users, state.item_table, n_factors)
+            users = served_factors(state) if refit is None else refit(state, holders)
+            return validation.ndcg(users, state)
 
         stopping = EarlyStopping(evaluate=evaluate, n_iter_no_change=n_iter_no_change, tol=tol)
 
@@ -255,6 +267,9 @@ def _take_over(
             )
         codes, known = Vocabulary(old_ids).encode(ids)
         new[torch.from_numpy(known)] = torch.from_numpy(old[codes[known]]).to(new)
+        if len(old_ids) and new is table and new.shape[1] > users.shape[1]:
+            # A bias of zero would rank above everything that is trained; nobody knows better.
+            new[torch.from_numpy(~known), -1] = float(previous["item_bias_"].mean())
     return users, table
 
 
@@ -267,7 +282,37 @@ def _times_sampled_before(state: FactorState, data: Interactions, previous: Attr
     return times
 
 
+def _head_before(head: ncf.Head, n_factors: int, previous: Attributes) -> ncf.Head:
+    """Put the previous head in the place of a fresh one."""
+    flat = torch.from_numpy(previous["network_"])
+    if len(flat) != len(ncf.flat_head(head)):
+        raise ValueError(
+            "Cannot go on with another model than before: model changed since the last fit. Fit "
+            "anew with warm_start=False."
+        )
+    old = ncf.head_of(flat, n_factors)
+    return {name: old[name].to(value) for name, value in head.items()}
+
+
+def _statistics_before(
+    state: FactorState, data: Interactions, previous: Attributes
+) -> ServerStatistics:
+    """Put what the server knew of known items in their places; new items have no evidence."""
+    fresh = state.statistics
+    gram = torch.from_numpy(previous["user_gram_"]).to(fresh.gram)
+    if gram.shape != fresh.gram.shape:  # another objective, whose statistics mean other things
+        return fresh
+    codes, known = Vocabulary(previous["item_ids_"]).encode(data.items.ids)
+    places = torch.from_numpy(known)
+    counts, curvature = fresh.counts.clone(), fresh.curvature.clone()
+    old = torch.from_numpy(previous["item_evidence_"][codes[known]]).to(counts)
+    counts[places], curvature[places] = old[:, 0], old[:, 1]
+    weight = float(previous["user_gram_weight_"])
+    return replace(fresh, gram=gram, counts=counts, curvature=curvature, weight=weight)
+
+
 def _fitted(users: Tensor, state: FactorState, n_factors: int) -> Attributes:
+    statistics = state.statistics
     table = state.item_table.cpu().numpy()
     bias = table[:, n_factors] if table.shape[1] > n_factors else np.zeros(len(table), table.dtype)
     return {
@@ -275,13 +320,35 @@ def _fitted(users: Tensor, state: FactorState, n_factors: int) -> Attributes:
         "item_factors_": np.ascontiguousarray(table[:, :n_factors]),
         "item_bias_": np.ascontiguousarray(bias),
         "times_sampled_": state.times_sampled.cpu().numpy().astype(np.int64),
+        "network_": ncf.flat_head(state.head).cpu().numpy(),
+        "item_evidence_": torch.stack([statistics.counts, statistics.curvature], 1).cpu().numpy(),
+        "user_gram_": statistics.gram.cpu().numpy(),
+        "user_gram_weight_": statistics.weight,
     }
+
+
+def score_table(users: Tensor, table: Tensor, head: ncf.Head) -> Tensor:
+    """Scores (n, n_items) of all items for user vectors (n, d), whatever the model."""
+    width = users.shape[1]
+    bias = table.shape[1] > width
+    if head:
+        return ncf.score_items(users, table, head, item_bias=bias)
+    scores = users @ table[:, :width].T
+    return scores + table[:, width] if bias else scores
 
 
 def score_factor_items(estimator: Any, users: NDArray[np.int64]) -> NDArray[np.float32]:
     """Scores (n, n_items) of all items; -1 is scored with the mean user vector."""
     vectors = _vectors(estimator, users)
-    scores: NDArray[np.float32] = vectors @ estimator.item_factors_.T
+    if len(estimator.network_):
+        scores: NDArray[np.float32] = ncf.score_items(
+            torch.from_numpy(vectors),
+            torch.from_numpy(_table(estimator)),
+            _head(estimator),
+            item_bias=True,
+        ).numpy()
+        return scores
+    scores = vectors @ estimator.item_factors_.T
     scores += estimator.item_bias_
     return scores
 
@@ -291,10 +358,38 @@ def score_factor_pairs(
 ) -> NDArray[np.float64]:
     """Scores (n,) pair by pair, in double precision: the same whatever else is in the batch."""
     vectors = _vectors(estimator, users).astype(np.float64)
+    if len(estimator.network_):
+        return _network_scores(vectors, _table(estimator)[items], _head(estimator))
     factors = estimator.item_factors_[items].astype(np.float64)
     scores: NDArray[np.float64] = np.einsum("nd,nd->n", vectors, factors)
     scores += estimator.item_bias_[items]
     return scores
+
+
+def _network_scores(
+    vectors: NDArray[np.float64], rows: NDArray[np.float32], head: ncf.Head
+) -> NDArray[np.float64]:
+    """Scores (n,) of the network; einsum, since a matrix product rounds as its shape has it."""
+    width = vectors.shape[1]
+    signal = np.concatenate([vectors, rows[:, :width]], axis=1)
+    n_layers = len(head) // 2
+    for number in range(n_layers):
+        weight, bias = (head[f"{kind}_{number}"].double().numpy() for kind in ("weight", "bias"))
+        signal = np.einsum("nk,kh->nh", signal, weight) + bias
+        if number < n_layers - 1:
+            signal = np.maximum(signal, 0.0)
+    scores: NDArray[np.float64] = signal[:, 0] + rows[:, width]
+    return scores
+
+
+def _table(estimator: Any) -> NDArray[np.float32]:
+    """Item vectors with the bias as the last column."""
+    return np.column_stack([estimator.item_factors_, estimator.item_bias_])
+
+
+def _head(estimator: Any) -> ncf.Head:
+    # A copy: the array of a memory-mapped model is read-only, which torch does not know.
+    return ncf.head_of(torch.tensor(estimator.network_), estimator.user_factors_.shape[1])
 
 
 def _vectors(estimator: Any, users: NDArray[np.int64]) -> NDArray[np.float32]:

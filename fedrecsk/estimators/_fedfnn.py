@@ -12,7 +12,7 @@ from torch import Tensor
 from fedrecsk.data.interactions import Interactions
 from fedrecsk.engine.device import resolve_device, torch_threads
 from fedrecsk.engine.local import Optimizer, OptimizerName
-from fedrecsk.engine.sampling import cohort_size, uniform_cohort
+from fedrecsk.engine.sampling import cohort_size
 from fedrecsk.engine.shards import CPU_CHUNK_ROWS
 from fedrecsk.engine.streams import Streams
 from fedrecsk.estimators._base import SHARED_CONSTRAINTS, Attributes, BaseRecommender, RoundWatch
@@ -29,35 +29,55 @@ from fedrecsk.methods.fedfnn import (
     FactorState,
     ItemWeighting,
     Logs,
+    SamplingName,
     bce_step,
+    draw_delegates,
     prediction_step,
     refit_bce,
     refit_whole_data,
+    served_factors,
     whole_data_step,
 )
 from fedrecsk.methods.meta_network import PredictorName
-from fedrecsk.models import whole_data
+from fedrecsk.models import ncf, whole_data
+
+ServerOptimizerName = OptimizerName | Literal["auto", "newton"]
 
 # What "auto" stands for, by objective; chosen in pilots, see benchmarks.
-AUTO_BCE_L2 = 0.01
+AUTO_BCE_L2 = {"newton": 0.02, "plain": 0.01}
 AUTO_INIT_SCALE = {"whole-data": 0.01, "bce": 0.1}
+# By model, with objective="bce".
+AUTO_LEARNING_RATE = {"mf": 0.1, "ncf": 0.01}
+AUTO_OPTIMIZER: dict[str, OptimizerName] = {"mf": "sgd", "ncf": "adam"}
 # Descent steps of a refit with objective="bce".
 REFIT_STEPS = 20
-# Decay of the server's running averages with objective="whole-data".
+# Decay of the server's running averages in quasi-Newton steps.
 STATISTICS_DECAY = 0.9
 
 FACTOR_CONSTRAINTS: Constraints = {
     **SHARED_CONSTRAINTS,
+    "model": [StrOptions({"mf", "ncf"})],
+    "sampling": [StrOptions({"uniform", "epoch", "stratified"})],
+    "learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
     "objective": [StrOptions({"whole-data", "bce"})],
     "l2_exponent": [Interval(Real, 0, 1, closed="both")],
     "unobserved_weight": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
     "item_curvature": ["boolean"],
     "init_scale": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
-    "optimizer": [StrOptions({"sgd", "momentum", "adam"})],
+    "optimizer": [StrOptions({"auto", "sgd", "momentum", "adam"})],
     "server_optimizer": [StrOptions({"sgd", "momentum", "adam"})],
     "server_learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
     "item_bias": ["boolean"],
     "refit": ["boolean"],
+}
+# Of prediction.
+PREDICTION_CONSTRAINTS: Constraints = {
+    "item_weighting": [StrOptions({"count", "magnitude", "interactions", "fedavg"})],
+    "discount": [Interval(Real, 0, 1, closed="both")],
+    "discount_decay": [Interval(Real, 0, 1, closed="both")],
+    "n_clusters": [Interval(Integral, 1, None, closed="left")],
+    "patience": [Interval(Integral, 1, None, closed="left")],
+    "patience_on": [StrOptions({"loss", "ndcg"})],
 }
 
 
@@ -79,14 +99,21 @@ class FedFNNRecommender(BaseRecommender):
         Length of the user and item vectors.
     objective : {"whole-data", "bce"}, default="whole-data"
         Local objective.
+    model : {"mf", "ncf"}, default="mf"
+        Matrix factorisation, or neural collaborative filtering: a small network over a user and
+        an item vector, shared like the items (``objective="bce"`` only).
     n_rounds : int, default=40
         Rounds of a fit.
     clients_per_round : int or float, default=0.2
         Delegates a round: a number, or a share of all clients in (0, 1].
+    sampling : {"epoch", "uniform", "stratified"}, default="epoch"
+        ``"epoch"`` draws among those with the fewest turns, so that everybody takes part once
+        before anybody does so twice; ``"uniform"`` draws each round anew; ``"stratified"`` gives
+        equal quotas to `n_clusters` clusters of the users' vectors, as FedFast does.
     local_epochs : int, default=5
         Passes over a client's own examples in a round (``"bce"``).
-    learning_rate : float, default=0.1
-        Of local training (``"bce"``).
+    learning_rate : float or "auto", default="auto"
+        Of local training (``"bce"``): 0.1 for ``"mf"``, 0.01 for ``"ncf"``.
     batch_size : int or None, default=64
         Examples in a local step (``"bce"``); None takes all of a client's at once.
     n_negatives : int, default=4
@@ -94,7 +121,8 @@ class FedFNNRecommender(BaseRecommender):
     l2 : float or "auto", default="auto"
         Penalty. ``"whole-data"``: per interaction of a user or item with the mean number of
         them; ``"auto"`` follows from these means, 0.13 on MovieLens-100K and 0.37 on data with
-        5 interactions a user. ``"bce"``: per example, 0.01.
+        5 interactions a user. ``"bce"``: per example, 0.02 with
+        the server's ``"newton"``, else 0.01.
     l2_exponent : float in [0, 1], default=0.75
         How the penalty grows with the number of interactions (``"whole-data"``).
     unobserved_weight : float or "auto", default="auto"
@@ -105,34 +133,49 @@ class FedFNNRecommender(BaseRecommender):
         server's steps fit sparse catalogues (``"whole-data"``).
     init_scale : float or "auto", default="auto"
         Standard deviation of the random start; 0.01 for ``"whole-data"``, 0.1 for ``"bce"``.
-    optimizer : {"sgd", "momentum", "adam"}, default="sgd"
-        Of local training (``"bce"``); ``"sgd"`` has the fastest path.
+    optimizer : {"auto", "sgd", "momentum", "adam"}, default="auto"
+        Of local training (``"bce"``): ``"sgd"``, which has the fastest path, for ``"mf"``, and
+        ``"adam"`` for ``"ncf"``.
     item_weighting : {"count", "magnitude", "interactions", "fedavg"}, default="count"
         How the server weighs the changes of one item by several delegates (``"bce"``): equally,
         by the size of the change, by the client's number of interactions; ``"fedavg"`` divides
         by all delegates instead of by those who changed the item.
     item_bias : bool, default=True
         Whether items have an aggregated bias (``"bce"``).
-    server_optimizer : {"sgd", "momentum", "adam"}, default="sgd"
-        What the server makes of the averaged change (``"bce"``).
+    server_optimizer : {"auto", "newton", "sgd", "momentum", "adam"}, default="auto"
+        What the server makes of the clients' changes (``"bce"``). ``"newton"`` fits every item's
+        step to the curvature that its clients amount to; it needs ``model="mf"``, local
+        ``"sgd"``, ``item_weighting="count"`` and one user a client, and is what ``"auto"`` takes
+        where it can; else ``"sgd"``.
     server_learning_rate : float or "auto", default="auto"
-        ``"auto"``: 1 for ``"bce"`` with ``"sgd"`` (adds the change), 0.05 with the others; for
-        ``"whole-data"`` it follows from the participation and falls over the rounds.
-    predictor : {"mlp", "linear", "mean", "cluster"} or None, default="mlp"
-        Meta-network. None turns prediction off. With ``objective="whole-data"`` and ``refit``
-        every user is solved anew at the end and the item update needs no subordinates, so a
-        predicted vector would never be read, and none is computed.
+        ``"auto"``: 1 for ``"bce"`` with ``"sgd"`` (adds the change), 0.05 with momentum and Adam;
+        for ``"newton"`` (share of the old evidence that a round forgets) and ``"whole-data"`` it
+        follows from the participation and falls over the rounds.
+    predictor : {"linear", "mlp", "mean", "cluster"} or None, default="linear"
+        Meta-network; ``"mlp"`` is the paper's. None turns prediction off. A predicted vector
+        that nobody would read is not computed: where `refit` lets every user fit its own at the
+        end, only literal prediction (``anchor=False, objective="bce"``) leaves a trace.
     discount, discount_decay : float in [0, 1], default=1.0 and 0.95
         A prediction in round t is multiplied by ``discount * discount_decay**t``.
     n_clusters : int, default=10
-        Of ``predictor="cluster"``.
+        Of ``predictor="cluster"`` and ``sampling="stratified"``.
     cv : int, default=5
         Folds over the delegates that choose the meta-network's candidate.
     patience : int, default=5
-        Rounds without a lower loss after which prediction ends for good.
+        Rounds without improvement after which prediction ends for good.
+    patience_on : {"loss", "ndcg"}, default="loss"
+        What has to improve: the training loss, or NDCG@20 on held-out rows (a share of
+        `validation_fraction` of each user's).
     gate : bool, default=True
-        Weigh predictions by their cross-validated R2 and by how often the user took part, and
-        predict nothing where that beats no prediction. False is the literal method.
+        Weigh predictions by their cross-validated R2, predict nothing where that is not above
+        zero, and move only users who never took part: others hold what their own data taught
+        them. False is the literal method.
+    anchor : bool, default=True
+        Keep predictions apart: they are what a user is served with until its turn comes, and no
+        training starts from them. False, the literal method, adds them to the user's vector.
+    extra_inputs : bool, default=True
+        Show the meta-network also what the server knows anyway: the logarithm of a user's number
+        of interactions, whether it took part, and how often.
     refit : bool, default=True
         At the end every user fits its own vector to its own rows and the final item vectors,
         on its own device; nothing is sent.
@@ -163,14 +206,21 @@ class FedFNNRecommender(BaseRecommender):
         Zero with ``"whole-data"``.
     times_sampled_ : ndarray of shape (n_users,)
         Rounds in which each user took part.
+    network_ : ndarray of shape (n_weights,)
+        Weights of the network of ``model="ncf"``, layer by layer; empty otherwise.
+    item_evidence_ : ndarray of shape (n_items, 2)
+    user_gram_ : ndarray of shape (n_columns, n_columns)
+    user_gram_weight_ : float
+        What the quasi-Newton steps of the server know, for `partial_fit` to go on from: how many
+        clients spoke of each item and with what curvature, and the running mean of u uᵀ.
     user_ids_, item_ids_, client_ids_ : ndarray
         Sorted ids.
     seen_indptr_, seen_indices_ : ndarray
         Items of each user in `fit`, in CSR form.
     history_ : list of dict
         One a round: ``round, loss, seconds, clients, bytes_up, bytes_down``, with early stopping
-        ``validation_ndcg``, with a predictor ``predictor_r2, predictor_cosine,
-        predictor_candidate, predicted_share, prediction_active``.
+        ``validation_ndcg``, with a predictor at work ``predictor_r2, predictor_cosine,
+        predictor_candidate, predicted_share, predicted_norm, prediction_active, user_norm``.
     n_rounds_ : int
     n_features_in_ : int
     feature_names_in_ : ndarray of str
@@ -179,6 +229,7 @@ class FedFNNRecommender(BaseRecommender):
     See Also
     --------
     FedAvgRecommender : The same model by plain federated averaging.
+    FedFastRecommender : The method that prediction generalises.
 
     Notes
     -----
@@ -206,14 +257,13 @@ class FedFNNRecommender(BaseRecommender):
 
     _parameter_constraints: ClassVar[Constraints] = {
         **FACTOR_CONSTRAINTS,
-        "item_weighting": [StrOptions({"count", "magnitude", "interactions", "fedavg"})],
+        **PREDICTION_CONSTRAINTS,
+        "server_optimizer": [StrOptions({"auto", "newton", "sgd", "momentum", "adam"})],
         "predictor": [StrOptions({"mlp", "linear", "mean", "cluster"}), None],
-        "discount": [Interval(Real, 0, 1, closed="both")],
-        "discount_decay": [Interval(Real, 0, 1, closed="both")],
-        "n_clusters": [Interval(Integral, 1, None, closed="left")],
         "cv": [Interval(Integral, 2, None, closed="left")],
-        "patience": [Interval(Integral, 1, None, closed="left")],
         "gate": ["boolean"],
+        "anchor": ["boolean"],
+        "extra_inputs": ["boolean"],
     }
 
     def __init__(
@@ -221,10 +271,12 @@ class FedFNNRecommender(BaseRecommender):
         n_factors: int = 32,
         *,
         objective: Literal["whole-data", "bce"] = "whole-data",
+        model: Literal["mf", "ncf"] = "mf",
         n_rounds: int = 40,
         clients_per_round: int | float = 0.2,
+        sampling: SamplingName = "epoch",
         local_epochs: int = 5,
-        learning_rate: float = 0.1,
+        learning_rate: float | Literal["auto"] = "auto",
         batch_size: int | None = 64,
         n_negatives: int = 4,
         l2: float | Literal["auto"] = "auto",
@@ -232,18 +284,21 @@ class FedFNNRecommender(BaseRecommender):
         unobserved_weight: float | Literal["auto"] = "auto",
         item_curvature: bool = True,
         init_scale: float | Literal["auto"] = "auto",
-        optimizer: OptimizerName = "sgd",
+        optimizer: OptimizerName | Literal["auto"] = "auto",
         item_weighting: ItemWeighting = "count",
         item_bias: bool = True,
-        server_optimizer: OptimizerName = "sgd",
+        server_optimizer: ServerOptimizerName = "auto",
         server_learning_rate: float | Literal["auto"] = "auto",
-        predictor: PredictorName | None = "mlp",
+        predictor: PredictorName | None = "linear",
         discount: float = 1.0,
         discount_decay: float = 0.95,
         n_clusters: int = 10,
         cv: int = 5,
         patience: int = 5,
+        patience_on: Literal["loss", "ndcg"] = "loss",
         gate: bool = True,
+        anchor: bool = True,
+        extra_inputs: bool = True,
         refit: bool = True,
         min_rating: float | None = None,
         early_stopping: bool = False,
@@ -257,8 +312,10 @@ class FedFNNRecommender(BaseRecommender):
     ) -> None:
         self.n_factors = n_factors
         self.objective = objective
+        self.model = model
         self.n_rounds = n_rounds
         self.clients_per_round = clients_per_round
+        self.sampling = sampling
         self.local_epochs = local_epochs
         self.learning_rate = learning_rate
         self.batch_size = batch_size
@@ -279,7 +336,10 @@ class FedFNNRecommender(BaseRecommender):
         self.n_clusters = n_clusters
         self.cv = cv
         self.patience = patience
+        self.patience_on = patience_on
         self.gate = gate
+        self.anchor = anchor
+        self.extra_inputs = extra_inputs
         self.refit = refit
         self.min_rating = min_rating
         self.early_stopping = early_stopping
@@ -298,8 +358,10 @@ class FedFNNRecommender(BaseRecommender):
             previous=dict(vars(self)) if go_on else None,
             n_factors=self.n_factors,
             objective=self.objective,
+            model=self.model,
             n_rounds=self.n_rounds,
             clients_per_round=self.clients_per_round,
+            sampling=self.sampling,
             local_epochs=self.local_epochs,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
@@ -320,7 +382,10 @@ class FedFNNRecommender(BaseRecommender):
             n_clusters=self.n_clusters,
             cv=self.cv,
             patience=self.patience,
+            patience_on=self.patience_on,
             gate=self.gate,
+            anchor=self.anchor,
+            extra_inputs=self.extra_inputs,
             refit=self.refit,
             early_stopping=self.early_stopping,
             validation_fraction=self.validation_fraction,
@@ -361,10 +426,12 @@ def simulate_fedfnn(
     previous: Attributes | None,
     n_factors: int,
     objective: Literal["whole-data", "bce"],
+    model: Literal["mf", "ncf"],
     n_rounds: int,
     clients_per_round: int | float,
+    sampling: SamplingName,
     local_epochs: int,
-    learning_rate: float,
+    learning_rate: float | Literal["auto"],
     batch_size: int | None,
     n_negatives: int,
     l2: float | Literal["auto"],
@@ -372,10 +439,10 @@ def simulate_fedfnn(
     unobserved_weight: float | Literal["auto"],
     item_curvature: bool,
     init_scale: float | Literal["auto"],
-    optimizer: OptimizerName,
+    optimizer: OptimizerName | Literal["auto"],
     item_weighting: ItemWeighting,
     item_bias: bool,
-    server_optimizer: OptimizerName,
+    server_optimizer: ServerOptimizerName,
     server_learning_rate: float | Literal["auto"],
     predictor: PredictorName | None,
     discount: float,
@@ -383,7 +450,10 @@ def simulate_fedfnn(
     n_clusters: int,
     cv: int,
     patience: int,
+    patience_on: Literal["loss", "ndcg"],
     gate: bool,
+    anchor: bool,
+    extra_inputs: bool,
     refit: bool,
     early_stopping: bool,
     validation_fraction: float,
@@ -408,27 +478,49 @@ def simulate_fedfnn(
     dict
         Fitted attributes.
     """
+    if model == "ncf" and objective == "whole-data":
+        raise ValueError(
+            'model="ncf" needs objective="bce": only a linear model can be solved for.'
+        )
     streams = Streams.from_random_state(random_state)
     sizes = len(data), data.n_users, data.n_items
-    if l2 != "auto":
-        penalty_strength = float(l2)
-    else:
-        penalty_strength = AUTO_BCE_L2 if objective == "bce" else whole_data.default_l2(*sizes)
     scale = AUTO_INIT_SCALE[objective] if init_scale == "auto" else float(init_scale)
+    # A refit replaces every vector that was only predicted before it is read; predictions that
+    # training starts from leave their traces.
+    kind = None if refit and (objective == "whole-data" or anchor) else predictor
     rows: NDArray[np.bool_] | slice = slice(None)
     validation = None
-    if early_stopping:
+    if early_stopping or (kind is not None and patience_on == "ndcg"):
         rows, validation = hold_out(data, validation_fraction, streams)
     shards = make_shards(data, rows, resolve_device(device))
     size = cohort_size(clients_per_round, data.n_clients)
     bias = item_bias and objective == "bce"
-    server_rate = server_learning_rate
-    if objective == "bce" and server_rate == "auto":
-        server_rate = 1.0 if server_optimizer == "sgd" else 0.05
-    server = Optimizer(server_optimizer, 1.0 if server_rate == "auto" else float(server_rate))
+    local = Optimizer(
+        AUTO_OPTIMIZER[model] if optimizer == "auto" else optimizer,
+        AUTO_LEARNING_RATE[model] if learning_rate == "auto" else float(learning_rate),
+    )
+    server = _server(
+        server_optimizer,
+        server_learning_rate,
+        newton_fits=model == "mf"
+        and local.name == "sgd"
+        and item_weighting == "count"
+        and data.n_clients == data.n_users,
+    )
+    if l2 != "auto":
+        penalty_strength = float(l2)
+    elif objective == "whole-data":
+        penalty_strength = whole_data.default_l2(*sizes)
+    else:
+        penalty_strength = AUTO_BCE_L2["newton" if server is None else "plain"]
+    head: ncf.Head = {}
+    if model == "ncf":
+        head = ncf.init_head(n_factors, streams=streams, device=shards.device)
 
     if objective == "bce":
-        local = Optimizer(optimizer, learning_rate)
+        forgetting = None
+        if server is None and server_learning_rate != "auto":
+            forgetting = min(1.0, float(server_learning_rate))
 
         def train(
             state: FactorState, delegates: NDArray[np.int64], t: int
@@ -447,6 +539,8 @@ def simulate_fedfnn(
                 optimizer=local,
                 l2=penalty_strength,
                 server_optimizer=server,
+                forgetting=forgetting,
+                decay=STATISTICS_DECAY,
             )
 
         def fit_users(state: FactorState, clients: NDArray[np.int64]) -> Tensor:
@@ -479,7 +573,9 @@ def simulate_fedfnn(
                 t,
                 unobserved_weight=weight,
                 penalty=penalty,
-                server_learning_rate=None if server_rate == "auto" else float(server_rate),
+                server_learning_rate=None
+                if server_learning_rate == "auto"
+                else float(server_learning_rate),
                 decay=STATISTICS_DECAY,
                 item_curvature=item_curvature,
             )
@@ -494,21 +590,21 @@ def simulate_fedfnn(
                 mean_rows=len(shards.items) / shards.n_users,
             )
 
-    # With the whole-data objective a refit replaces every predicted vector before it is read.
-    kind = None if objective == "whole-data" and refit else predictor
-
     def step(state: FactorState, t: int) -> tuple[FactorState, Logs]:
-        delegates = uniform_cohort(shards.n_clients, size, streams.numpy("sampling", t))
+        delegates = draw_delegates(state, shards, size, t, sampling, n_clusters, streams)
         trained, logs = train(state, delegates, t)
         if kind is None:
             return trained, logs
+        monitored = logs["loss"]
+        if patience_on == "ndcg" and validation is not None:
+            monitored = -validation.ndcg(served_factors(trained), trained)
         predicted, more = prediction_step(
             state,
             trained,
             shards,
             delegates,
             t,
-            loss=logs["loss"],
+            monitored=monitored,
             streams=streams,
             predictor=kind,
             discount=discount,
@@ -516,6 +612,8 @@ def simulate_fedfnn(
             cv=cv,
             patience=patience,
             gate=gate,
+            anchor=anchor,
+            extra_inputs=extra_inputs,
             n_clusters=n_clusters,
         )
         return predicted, {**logs, **more}
@@ -530,11 +628,30 @@ def simulate_fedfnn(
             item_bias=bias,
             init_scale=scale,
             server_optimizer=server,
+            head=head,
             n_rounds=n_rounds,
-            validation=validation,
+            validation=validation if early_stopping else None,
             shards=shards,
             n_iter_no_change=n_iter_no_change,
             tol=tol,
             streams=streams,
             previous=previous,
         )
+
+
+def _server(
+    name: ServerOptimizerName, rate: float | Literal["auto"], *, newton_fits: bool
+) -> Optimizer | None:
+    """Resolve the server's optimiser; None is the quasi-Newton step."""
+    if name == "newton" and not newton_fits:
+        raise ValueError(
+            'server_optimizer="newton" needs model="mf", optimizer="sgd", item_weighting="count" '
+            "and one user per client: only then the clients' changes add up to a gradient. "
+            "Use another one."
+        )
+    if name == "newton" or (name == "auto" and newton_fits):
+        return None
+    plain: OptimizerName = "sgd" if name == "auto" else name
+    if rate == "auto":
+        rate = 1.0 if plain == "sgd" else 0.05
+    return Optimizer(plain, float(rate))

@@ -13,13 +13,17 @@ and clustering are arguments here: Muhammad et al., KDD 2020.
         stop predicting for good when the loss has not improved for `patience` rounds
 
 Special cases are arguments: ``predictor=None, item_weighting="fedavg"`` is FedAvg, which divides
-by all delegates instead of by those that touched the row.
+by all delegates instead of by those that touched the row. FedFast draws delegates by clusters
+(``sampling="stratified"``) and predicts the mean change of a cluster (``predictor="cluster"``).
 
 Where we deviate (only the abstract and summaries of the paper could be read):
 
 - The literal method washes out what a user has learned: whoever took part once has a personal
-  vector, and predictions know only the crowd. `gate` weights each prediction by the predictor's
-  cross-validated R2 and by 1 / (1 + times the user took part).
+  vector, and predictions know only the crowd. `gate` weights predictions by the predictor's
+  cross-validated R2 and spares whoever has taken part. `anchor` keeps predictions apart from what
+  users trained: they are what a user is served with until its turn comes, and no training starts
+  from them, so errors do not pile up.
+- ``server_optimizer="newton"``: a quasi-Newton step on the server (`fedrecsk.models.bce_newton`).
 - ``objective="whole-data"`` replaces sampled negatives by exact client solves and a quasi-Newton
   server step (`fedrecsk.models.whole_data`). Delegates' vectors are then optimal for the current
   table, the item update needs nothing of the subordinates, and predicted vectors are the
@@ -29,6 +33,7 @@ Where we deviate (only the abstract and summaries of the paper could be read):
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -37,15 +42,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedrecsk.engine.local import Moments, Optimizer, apply_gradients, init_moments
-from fedrecsk.engine.mixing import RowSums, weighted_mean
+from fedrecsk.engine.local import Moments, Optimizer, Params, apply_gradients, init_moments
+from fedrecsk.engine.mixing import RowSums, scatter_sum, weighted_mean
+from fedrecsk.engine.sampling import epoch_cohort, stratified_cohort, uniform_cohort
 from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
-from fedrecsk.methods.meta_network import PredictorName, predict_updates
-from fedrecsk.models import sampled_bce, whole_data
+from fedrecsk.methods.meta_network import PredictorName, cluster_labels, predict_updates
+from fedrecsk.models import bce_newton, ncf, sampled_bce, whole_data
 
 ItemWeighting = Literal["count", "magnitude", "interactions", "fedavg"]
+SamplingName = Literal["uniform", "epoch", "stratified"]
 Logs = dict[str, Any]
 
 
@@ -66,7 +73,7 @@ class PredictionWatch:
     waited: int = 0
 
     def after(self, loss: float, patience: int) -> PredictionWatch:
-        """Return the watch after a round with this loss."""
+        """Return the watch after a round with this loss, or whatever else should fall."""
         if loss < self.best_loss:
             return replace(self, best_loss=loss, waited=0)
         waited = self.waited + 1
@@ -80,24 +87,34 @@ class FactorState:
     Attributes
     ----------
     user_factors : Tensor of shape (n_users, d)
-        The server's copy of the users' vectors.
+        The server's copy of the users' vectors, from which local training starts.
+    served : Tensor of shape (n_users, d) or None
+        What users are served with where predictions are kept apart; None: `user_factors`.
     item_table : Tensor of shape (n_items, d) or (n_items, d + 1)
         With the item bias as the last column where there is one.
+    head : dict of Tensor
+        What else the clients share, see `fedrecsk.models.ncf`; empty for matrix factorisation.
     times_sampled : Tensor of shape (n_users,)
         Rounds in which each user took part.
-    moments : Moments
+    turns : ndarray of shape (n_clients,)
+        Rounds of this fit in which each client took part.
+    moments, head_moments : Moments
         Of the server optimiser.
     statistics : ServerStatistics
-        Of the whole-data server step.
+        Of the quasi-Newton steps.
     watch : PredictionWatch
     first_round : int
         Number of the fit's first round; schedules count from there.
     """
 
     user_factors: Tensor
+    served: Tensor | None
     item_table: Tensor
+    head: ncf.Head
     times_sampled: Tensor
+    turns: NDArray[np.int64]
     moments: Moments
+    head_moments: Moments | None
     statistics: whole_data.ServerStatistics
     watch: PredictionWatch
     first_round: int
@@ -107,18 +124,28 @@ class FactorState:
         cls,
         user_factors: Tensor,
         item_table: Tensor,
-        server_optimizer: Optimizer,
+        server_optimizer: Optimizer | None,
         *,
+        n_clients: int,
+        head: ncf.Head | None = None,
         first_round: int = 0,
     ) -> FactorState:
         """Return the state before the first round for given arrays."""
-        n_items, n_factors = len(item_table), user_factors.shape[1]
+        head = head or {}
+        # None is the quasi-Newton step, which keeps its own statistics.
+        plain = server_optimizer or Optimizer("sgd", 1.0)
         return cls(
             user_factors=user_factors,
+            served=None,
             item_table=item_table,
+            head=head,
             times_sampled=torch.zeros(len(user_factors), device=user_factors.device),
-            moments=init_moments({"item": item_table}, server_optimizer),
-            statistics=whole_data.ServerStatistics.zero(n_items, n_factors, item_table.device),
+            turns=np.zeros(n_clients, dtype=np.int64),
+            moments=init_moments({"item": item_table}, plain),
+            head_moments=init_moments(_lifted(head), plain) if head else None,
+            statistics=whole_data.ServerStatistics.zero(
+                len(item_table), item_table.shape[1], item_table.device
+            ),
             watch=PredictionWatch(),
             first_round=first_round,
         )
@@ -149,6 +176,52 @@ def random_factors(
     return (init_scale * users).to(device), table.to(device)
 
 
+def draw_delegates(
+    state: FactorState,
+    shards: ClientShards,
+    size: int,
+    t: int,
+    sampling: SamplingName,
+    n_clusters: int,
+    streams: Streams,
+) -> NDArray[np.int64]:
+    """Choose the clients of round t.
+
+    Parameters
+    ----------
+    state : FactorState
+    shards : ClientShards
+    size : int
+        How many.
+    t : int
+    sampling : {"uniform", "epoch", "stratified"}
+        Uniformly; uniformly among those with the fewest turns, so that everybody takes part once
+        before anybody does so twice; or with equal quotas from k-means clusters of the clients'
+        mean user vectors, as FedFast does.
+    n_clusters : int
+    streams : Streams
+
+    Returns
+    -------
+    ndarray of shape (size,), int64
+    """
+    rng = streams.numpy("sampling", t)
+    if sampling == "uniform":
+        return uniform_cohort(shards.n_clients, size, rng)
+    if sampling == "epoch":
+        return epoch_cohort(state.turns, size, rng)
+    vectors = state.user_factors[torch.from_numpy(shards.users).to(state.user_factors.device)]
+    per_client = np.diff(shards.client_offsets)
+    owner = torch.from_numpy(np.repeat(np.arange(shards.n_clients), per_client))
+    # A client without rows would have no user; the encoder makes none.
+    means = weighted_mean(
+        scatter_sum(vectors, owner.to(vectors.device), shards.n_clients),
+        torch.from_numpy(per_client).to(vectors),
+    )
+    labels = cluster_labels(means, n_clusters, streams.key("strata", t))
+    return stratified_cohort(labels, size, rng)
+
+
 def bce_step(
     state: FactorState,
     shards: ClientShards,
@@ -163,7 +236,9 @@ def bce_step(
     local_epochs: int,
     optimizer: Optimizer,
     l2: float,
-    server_optimizer: Optimizer,
+    server_optimizer: Optimizer | None,
+    forgetting: float | None = None,
+    decay: float = 0.9,
 ) -> tuple[FactorState, Logs]:
     """Train the delegates with sampled-negative binary cross-entropy and aggregate.
 
@@ -182,8 +257,13 @@ def bce_step(
         change, or the client's interactions. ``"fedavg"``: weights n_k / n_S over all delegates.
     item_bias, n_negatives, batch_size, local_epochs, optimizer, l2
         See `fedrecsk.models.sampled_bce.train`.
-    server_optimizer : Optimizer
-        Takes the aggregated change as a negative gradient; plain SGD at rate 1 adds it.
+    server_optimizer : Optimizer or None
+        Takes the aggregated change as a negative gradient; plain SGD at rate 1 adds it. None
+        makes the quasi-Newton step of `fedrecsk.models.bce_newton` instead, for clients with
+        one user, local SGD and no head.
+    forgetting, decay : float
+        Of the quasi-Newton step; None: a forgetting that follows from the participation,
+        `whole_data.steady_rate`.
 
     Returns
     -------
@@ -196,13 +276,14 @@ def bce_step(
     total_rows = float(max(client_rows[delegates].sum(), 1))
     numerator, denominator = torch.zeros_like(table), table.new_zeros(len(table), 1)
     user_factors = state.user_factors.clone()
+    head_change = {name: torch.zeros_like(value) for name, value in state.head.items()}
+    curvature, gram = table.new_zeros(len(table)), table.new_zeros(table.shape[1], table.shape[1])
     losses, n_examples = table.new_zeros(()), table.new_zeros(())
     n_private = torch.zeros((), dtype=torch.int64, device=table.device)
     for cohort in shards.chunks(delegates, rows_per_interaction=1 + n_negatives):
-        result = sampled_bce.train(
+        result, heads = _train(
             cohort,
-            state.user_factors[cohort.users],
-            table,
+            state,
             item_bias=item_bias,
             n_negatives=n_negatives,
             batch_size=batch_size,
@@ -213,33 +294,135 @@ def bce_step(
         )
         weight = _row_weights(result, item_weighting, cohort, client_rows, total_rows)
         sums = RowSums.of(result.row_items, len(table))
-        numerator += sums.add(result.row_values, weight)
         denominator += sums.add(weight[:, None])
+        if server_optimizer is not None:
+            numerator += sums.add(result.row_values, weight)
+        else:
+            # Divided by the learning rate later, which would blow up the rounding of values.
+            numerator += sums.add(result.row_delta, weight)
+            vectors = sampled_bce.with_constant(result.user_vectors, item_bias)
+            more_curvature, more_gram = bce_newton.curvature_sums(result, sums, vectors, table)
+            curvature += more_curvature
+            gram += more_gram
+        share = torch.from_numpy(cohort.client_rows / total_rows).to(table)
+        for name, change in head_change.items():
+            change += torch.tensordot(share, heads[name] - state.head[name], 1)
         user_factors[cohort.users] = result.user_vectors
         losses += result.losses.sum()
         n_examples += result.n_examples.sum()
         n_private += result.row_valid.sum()
-    # Σ w (v_k - V) without the differences: one pass over the private rows less.
-    numerator -= denominator * table
-    mean = numerator if item_weighting == "fedavg" else weighted_mean(numerator, denominator[:, 0])
-    moved, moments = apply_gradients(
-        {"item": table}, {"item": -mean}, state.moments, denominator[:, 0] > 0, server_optimizer
-    )
+    if server_optimizer is not None:
+        # Σ w (v_k - V) without the differences: one pass over the private rows less.
+        numerator -= denominator * table
+    moments, statistics = state.moments, state.statistics
+    if server_optimizer is None:
+        rate = forgetting
+        if rate is None:
+            rate = whole_data.steady_rate(len(delegates) / shards.n_clients, t)
+        moved, statistics = bce_newton.newton_step(
+            table,
+            statistics,
+            gradient=numerator / (-optimizer.learning_rate * local_epochs),
+            counts=denominator[:, 0],
+            curvature=curvature,
+            gram=gram / len(delegates),
+            l2=l2,
+            forgetting=rate,
+            decay=decay,
+        )
+    else:
+        mean = (
+            numerator if item_weighting == "fedavg" else weighted_mean(numerator, denominator[:, 0])
+        )
+        touched = denominator[:, 0] > 0
+        step, moments = apply_gradients(
+            {"item": table}, {"item": -mean}, moments, touched, server_optimizer
+        )
+        moved = step["item"]
+    head, head_moments = _moved_head(state, head_change, server_optimizer)
     loss = float(losses / n_examples.clamp_min(1))
+    n_shared = sum(value.numel() for value in head.values())
     logs: Logs = {
         "loss": loss,
         "clients": len(delegates),
-        "bytes_down": len(delegates) * dense_bytes(tuple(table.shape)),
-        "bytes_up": sparse_row_bytes(int(n_private), table.shape[1]),
+        "bytes_down": len(delegates) * dense_bytes(tuple(table.shape), (n_shared,)),
+        "bytes_up": sparse_row_bytes(int(n_private), table.shape[1])
+        + len(delegates) * dense_bytes((n_shared,)),
     }
     new = replace(
         state,
         user_factors=user_factors,
-        item_table=moved["item"],
+        item_table=moved,
+        head=head,
         moments=moments,
+        head_moments=head_moments,
+        statistics=statistics,
         times_sampled=_counted(state, shards, delegates),
+        turns=_taken(state, delegates),
     )
     return new, logs
+
+
+def _train(
+    cohort: Cohort,
+    state: FactorState,
+    *,
+    item_bias: bool,
+    n_negatives: int,
+    batch_size: int | None,
+    local_epochs: int,
+    optimizer: Optimizer,
+    l2: float,
+    key: int,
+) -> tuple[sampled_bce.LocalResult, ncf.Head]:
+    """Train a chunk of clients with the model that the state holds."""
+    users = state.user_factors[cohort.users]
+    if state.head:
+        return ncf.train(
+            cohort,
+            users,
+            state.item_table,
+            state.head,
+            item_bias=item_bias,
+            n_negatives=n_negatives,
+            batch_size=batch_size,
+            local_epochs=local_epochs,
+            optimizer=optimizer,
+            l2=l2,
+            key=key,
+        )
+    result = sampled_bce.train(
+        cohort,
+        users,
+        state.item_table,
+        item_bias=item_bias,
+        n_negatives=n_negatives,
+        batch_size=batch_size,
+        local_epochs=local_epochs,
+        optimizer=optimizer,
+        l2=l2,
+        key=key,
+    )
+    return result, {}
+
+
+def _lifted(head: ncf.Head) -> Params:
+    """Give every tensor the leading axis of one client that optimisers expect."""
+    return {name: value[None] for name, value in head.items()}
+
+
+def _moved_head(
+    state: FactorState, change: ncf.Head, server_optimizer: Optimizer | None
+) -> tuple[ncf.Head, Moments | None]:
+    """Step the shared head by the mean change of the delegates, weighted by interactions."""
+    if state.head_moments is None or server_optimizer is None:
+        return state.head, state.head_moments
+    grads = {name: -value for name, value in _lifted(change).items()}
+    active = torch.ones(1, dtype=torch.bool, device=state.item_table.device)
+    moved, moments = apply_gradients(
+        _lifted(state.head), grads, state.head_moments, active, server_optimizer
+    )
+    return {name: value[0] for name, value in moved.items()}, moments
 
 
 def whole_data_step(
@@ -290,7 +473,7 @@ def whole_data_step(
         )
     rate = server_learning_rate
     if rate is None:
-        rate = whole_data.default_rate(total.n_users / shards.n_users, t - state.first_round)
+        rate = whole_data.default_rate(total.n_users / shards.n_users, t)
     moved, statistics = whole_data.server_step(
         items,
         state.statistics,
@@ -318,6 +501,7 @@ def whole_data_step(
         item_table=moved,
         statistics=statistics,
         times_sampled=_counted(state, shards, delegates),
+        turns=_taken(state, delegates),
     )
     return new, logs
 
@@ -329,7 +513,7 @@ def prediction_step(
     delegates: NDArray[np.int64],
     t: int,
     *,
-    loss: float,
+    monitored: float,
     streams: Streams,
     predictor: PredictorName,
     discount: float,
@@ -337,6 +521,8 @@ def prediction_step(
     cv: int,
     patience: int,
     gate: bool,
+    anchor: bool,
+    extra_inputs: bool,
     n_clusters: int,
 ) -> tuple[FactorState, Logs]:
     """Learn from the delegates' updates and move the subordinates: the second half of a round.
@@ -347,56 +533,93 @@ def prediction_step(
         Around the delegates' training, `bce_step` or `whole_data_step`; not changed.
     shards, delegates, t, streams
         As in `bce_step`.
-    loss : float
-        Of the round, for patience.
-    predictor, cv, gate, n_clusters
+    monitored : float
+        What patience wants to fall: the loss of the round, or a ranking metric times -1.
+    predictor, cv, n_clusters
         See `fedrecsk.methods.meta_network.predict_updates`.
     discount, discount_decay : float
         Predictions in the fit's round t are multiplied by ``discount * discount_decay**t``.
     patience : int
-        Rounds without a lower loss after which prediction ends for good.
+        Rounds without a lower `monitored` after which prediction ends for good.
+    gate : bool
+        Weigh predictions by their cross-validated R2, and move only users who never took part.
+    anchor : bool
+        Put predictions into ``served`` alone. False: into ``user_factors``, from which training
+        goes on.
+    extra_inputs : bool
+        Whether the predictor also sees `public_inputs`.
 
     Returns
     -------
     state : FactorState
     logs : dict
-        ``prediction_active``, and while it is ``predictor_r2, predictor_cosine,
-        predictor_candidate, predicted_share``.
+        ``prediction_active, user_norm`` (mean norm of the vectors that users are served with),
+        and while prediction is active ``predictor_r2, predictor_cosine, predictor_candidate,
+        predicted_share, predicted_norm`` (mean norm of the changes made); None is what was not
+        measured.
     """
-    watch = before.watch.after(loss, patience)
-    new = replace(trained, watch=watch)
-    logs: Logs = {"prediction_active": watch.active}
-    if not watch.active:
-        return new, logs
+    watch = before.watch.after(monitored, patience)
     users = _users(before, shards, delegates)
-    is_delegate = torch.zeros(shards.n_users, dtype=torch.bool, device=users.device)
-    is_delegate[users] = True
-    others = torch.nonzero(~is_delegate)[:, 0]
-    start = before.user_factors
-    prediction = predict_updates(
-        predictor,
-        start[users],
-        trained.user_factors[users] - start[users],
-        start[others],
-        cv=cv,
-        gate=gate,
-        n_clusters=n_clusters,
-        seed=streams.key("meta_network", t) % (2**32),
-    )
-    logs["predictor_r2"] = prediction.r2
-    logs["predictor_cosine"] = prediction.cosine
-    logs["predictor_candidate"] = prediction.candidate
-    logs["predicted_share"] = 0.0
-    if prediction.deltas is None:
-        return new, logs
-    factor = discount * discount_decay ** (t - before.first_round)
-    scale = start.new_full((len(others),), factor)
-    if gate:
-        scale *= min(prediction.r2, 1.0) / (1.0 + before.times_sampled[others])
-    user_factors = new.user_factors.clone()
-    user_factors[others] = start[others] + scale[:, None] * prediction.deltas
-    logs["predicted_share"] = len(others) / shards.n_users
-    return replace(new, user_factors=user_factors), logs
+    new = replace(trained, watch=watch)
+    if anchor:
+        served = (before.user_factors if before.served is None else before.served).clone()
+        served[users] = trained.user_factors[users]
+        new = replace(new, served=served)
+    logs: Logs = {"prediction_active": watch.active}
+    if watch.active:
+        is_delegate = torch.zeros(shards.n_users, dtype=torch.bool, device=users.device)
+        is_delegate[users] = True
+        others = torch.nonzero(~is_delegate)[:, 0]
+        if gate:
+            others = others[before.times_sampled[others] == 0]
+        start = before.user_factors
+        inputs = torch.cat([start, public_inputs(before, shards)], 1) if extra_inputs else start
+        prediction = predict_updates(
+            predictor,
+            inputs[users],
+            trained.user_factors[users] - start[users],
+            inputs[others],
+            cv=cv,
+            gate=gate,
+            n_clusters=n_clusters,
+            seed=streams.key("meta_network", t) % (2**32),
+        )
+        scale = discount * discount_decay ** (t - before.first_round)
+        if gate and prediction.deltas is not None:
+            scale *= min(prediction.r2, 1.0)
+        logs |= {
+            # None and not nan, which is not even equal to itself.
+            "predictor_r2": None if math.isnan(prediction.r2) else prediction.r2,
+            "predictor_cosine": None if math.isnan(prediction.cosine) else prediction.cosine,
+            "predictor_candidate": prediction.candidate,
+            "predicted_share": 0.0,
+            "predicted_norm": 0.0,
+        }
+        if prediction.deltas is not None:
+            moves = scale * prediction.deltas
+            target = new.served if anchor and new.served is not None else new.user_factors.clone()
+            target[others] = start[others] + moves
+            new = replace(new, served=target) if anchor else replace(new, user_factors=target)
+            logs["predicted_share"] = len(others) / shards.n_users
+            logs["predicted_norm"] = float(moves.norm(dim=1).mean())
+    logs["user_norm"] = float(served_factors(new).norm(dim=1).mean())
+    return new, logs
+
+
+def served_factors(state: FactorState) -> Tensor:
+    """Vectors (n_users, d) that users are served with."""
+    return state.user_factors if state.served is None else state.served
+
+
+def public_inputs(state: FactorState, shards: ClientShards) -> Tensor:
+    """Collect what a server knows of its users besides their vectors, shape (n_users, 3).
+
+    The logarithm of the number of interactions, which clients send as their weight; whether the
+    user took part; the logarithm of how often.
+    """
+    rows = torch.from_numpy(shards.user_rows).to(state.times_sampled)
+    times = state.times_sampled
+    return torch.stack([torch.log1p(rows), (times > 0).to(times.dtype), torch.log1p(times)], 1)
 
 
 def _users(state: FactorState, shards: ClientShards, delegates: NDArray[np.int64]) -> Tensor:
@@ -409,6 +632,13 @@ def _counted(state: FactorState, shards: ClientShards, delegates: NDArray[np.int
     times_sampled = state.times_sampled.clone()
     times_sampled[_users(state, shards, delegates)] += 1
     return times_sampled
+
+
+def _taken(state: FactorState, delegates: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return `turns` after another round with these delegates."""
+    turns = state.turns.copy()
+    turns[delegates] += 1
+    return turns
 
 
 def _row_weights(
@@ -466,9 +696,22 @@ def refit_bce(
     streams: Streams,
 ) -> Tensor:
     """Return user vectors (n_users, d) with those of `clients` fitted to the final table."""
-    users = state.user_factors.clone()
+    users = served_factors(state).clone()
     key = streams.key("refit")
     for cohort in shards.user_chunks(clients, rows_per_interaction=1 + n_negatives):
+        if state.head:
+            users[cohort.users] = ncf.refit_users(
+                cohort,
+                users[cohort.users],
+                state.item_table,
+                state.head,
+                item_bias=item_bias,
+                n_negatives=n_negatives,
+                n_steps=n_steps,
+                l2=l2,
+                key=key,
+            )
+            continue
         users[cohort.users] = sampled_bce.refit_users(
             cohort,
             users[cohort.users],

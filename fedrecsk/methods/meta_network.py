@@ -8,27 +8,30 @@ regularisation. Cross-validation is then a single call: folds x candidates make 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fedrecsk.engine.local import Optimizer, local_train
+from fedrecsk.engine.local import Optimizer, apply_gradients, init_moments
 
 PredictorName = Literal["mlp", "linear", "mean", "cluster"]
 
 # Candidates of each kind, by strength of regularisation: weight decay of the network, ridge of
-# the linear map (per example, inputs standardised), number of clusters.
+# the linear map (per example, inputs standardised); the others have none.
 CANDIDATES: dict[str, tuple[float, ...]] = {
     "mlp": (1e-4, 1e-2, 1e-1),
     "linear": (1e-3, 1e-1, 10.0),
     "mean": (0.0,),
-    "cluster": (10.0,),
+    "cluster": (0.0,),
 }
 HIDDEN_UNITS = 32
-TRAINING_STEPS = 60
+TRAINING_STEPS = 30
+LEARNING_RATE = 0.05
 # Below this there are too few delegates to fit anything and to check it.
 MIN_DELEGATES = 5
 # Above this a random sample of the delegates does: it holds all that so small a network can
@@ -75,12 +78,12 @@ def predict_updates(
     Parameters
     ----------
     kind : {"mlp", "linear", "mean", "cluster"}
-    before : Tensor of shape (n, d)
-        Delegates' vectors before local training.
+    before : Tensor of shape (n, inputs)
+        Delegates' vectors before local training, and what else is known of them.
     deltas : Tensor of shape (n, d)
         Their updates.
-    query : Tensor of shape (m, d)
-        Vectors of the users to predict for.
+    query : Tensor of shape (m, inputs)
+        The same of the users to predict for.
     cv : int
         Folds over the delegates; they choose the candidate.
     gate : bool
@@ -103,12 +106,18 @@ def predict_updates(
     scale = deltas.square().mean().sqrt()
     if not bool(torch.isfinite(scale)) or float(scale) == 0.0:
         return _nothing("updates are zero or not finite")
-    centre, spread = before.mean(0), before.std(0).clamp_min(1e-8)
-    x, y, q = (before - centre) / spread, deltas / scale, (query - centre) / spread
+    centre, spread = before.mean(0), before.std(0)
+    # An input that is the same for all delegates teaches nothing, and must not throw others far.
+    varies = spread > 1e-6
+    spread = torch.where(varies, spread, torch.ones_like(spread))
+    x, y = (before - centre) / spread, deltas / scale
+    q = torch.where(varies, (query - centre) / spread, torch.zeros_like(query))
     if kind == "cluster":
         # Clusters are made of all users' vectors, so they are the same for every fold.
-        labels = _cluster_labels(torch.cat([x, q]), n_clusters, seed)
-        x, q = labels[:n], labels[n:]
+        k = min(n_clusters, n + len(query))
+        labels = torch.from_numpy(cluster_labels(torch.cat([x, q]), k, seed))
+        one_hot = torch.nn.functional.one_hot(labels, k).to(x)
+        x, q = one_hot[:n], one_hot[n:]
 
     strengths = torch.tensor(CANDIDATES[kind], dtype=x.dtype, device=x.device)
     folds = _folds(n, min(cv, n), seed).to(x.device)
@@ -131,7 +140,8 @@ def predict_updates(
     answer = _fit(kind, x, y, everyone, q, strengths[best : best + 1], seed)[0] * scale
     if not bool(torch.isfinite(answer).all()):
         return Prediction(None, score, cosine, "none: predictions are not finite")
-    return Prediction(answer, score, cosine, f"{kind}({CANDIDATES[kind][best]:g})")
+    strength = n_clusters if kind == "cluster" else CANDIDATES[kind][best]
+    return Prediction(answer, score, cosine, f"{kind}({strength:g})")
 
 
 def _nothing(reason: str) -> Prediction:
@@ -144,16 +154,29 @@ def _folds(n: int, cv: int, seed: int) -> Tensor:
     return torch.from_numpy(dealt)
 
 
-def _cluster_labels(vectors: Tensor, n_clusters: int, seed: int) -> Tensor:
-    """One-hot k-means labels of the vectors, shape (n, n_clusters)."""
+def cluster_labels(vectors: Tensor, n_clusters: int, seed: int) -> NDArray[np.int64]:
+    """K-means labels of the vectors (n, inputs), shape (n,); no more clusters than vectors.
+
+    Parameters
+    ----------
+    vectors : Tensor of shape (n, inputs)
+    n_clusters, seed : int
+
+    Returns
+    -------
+    ndarray of shape (n,), int64
+    """
     # Here and not at the top: a tenth of the time of ``import fedrecsk``, for one predictor.
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
-    k = min(n_clusters, len(vectors))
     # Server-side and small; scikit-learn's own k-means, single start, is what is wanted here.
-    labels = KMeans(k, n_init=1, random_state=seed % (2**32)).fit_predict(vectors.cpu().numpy())
-    one_hot = torch.nn.functional.one_hot(torch.from_numpy(labels).long(), k)
-    return one_hot.to(vectors)
+    means = KMeans(min(n_clusters, len(vectors)), n_init=1, random_state=seed % (2**32))
+    with warnings.catch_warnings():
+        # Fewer distinct vectors than clusters: some clusters stay empty, which is all right.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        labels: NDArray[np.int64] = means.fit_predict(vectors.cpu().numpy()).astype(np.int64)
+    return labels
 
 
 def _fit(
@@ -206,23 +229,34 @@ def _fit_mlp(
         "w2": x.new_zeros(n_stack, HIDDEN_UNITS, out),
         "b2": x.new_zeros(n_stack, out),
     }
-    share = weight / weight.sum(1, keepdim=True)
-
-    def forward(params: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        hidden = torch.tanh(inputs @ params["w1"] + params["b1"][:, None, :])
-        return hidden @ params["w2"] + params["b2"][:, None, :]
-
-    def loss(params: dict[str, Tensor], batch: Tensor) -> Tensor:
-        error = (forward(params, batch) - y).square().mean(2)
-        decay = params["w1"].square().sum((1, 2)) + params["w2"].square().sum((1, 2))
-        return (error * share).sum(1) + strength * decay / width
-
+    share = (weight / weight.sum(1, keepdim=True))[:, :, None]
+    optimizer = Optimizer("adam", learning_rate=LEARNING_RATE)
     active = torch.ones(n_stack, dtype=torch.bool, device=x.device)
-    trained, _ = local_train(
-        start,
-        loss,
-        [(x, active)],
-        optimizer=Optimizer("adam", learning_rate=0.03),
-        local_epochs=TRAINING_STEPS,
+    network, moments = start, init_moments(start, optimizer)
+    for _ in range(TRAINING_STEPS):
+        hidden, output = _forward(network, x)
+        # By hand, autograd costs as much again: mean squared error plus the decay of weights.
+        error = (output - y) * share * (2.0 / out)  # (S, n, out)
+        back = (error @ network["w2"].transpose(1, 2)) * (1.0 - hidden * hidden)
+        decay = (2.0 / width) * strength[:, None, None]
+        grads = {
+            "w1": x.T @ back + decay * network["w1"],
+            "b1": back.sum(1),
+            "w2": hidden.transpose(1, 2) @ error + decay * network["w2"],
+            "b2": error.sum(1),
+        }
+        network, moments = apply_gradients(network, grads, moments, active, optimizer)
+    return _forward(network, query)[1]
+
+
+def _forward(network: dict[str, Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden units (S, n, hidden) and outputs (S, n, out) of a stack of networks."""
+    hidden = torch.tanh(
+        torch.baddbmm(network["b1"][:, None, :], _stack(inputs, network), network["w1"])
     )
-    return forward(trained, query)
+    return hidden, torch.baddbmm(network["b2"][:, None, :], hidden, network["w2"])
+
+
+def _stack(inputs: Tensor, network: dict[str, Tensor]) -> Tensor:
+    """Show the same inputs (n, in) to every network."""
+    return inputs.expand(len(network["w1"]), -1, -1)

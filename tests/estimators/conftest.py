@@ -7,7 +7,12 @@ import pytest
 import torch
 from sklearn.base import clone
 
-from fedrecsk import FedAvgRecommender, FedFNNRecommender, PopularityRecommender
+from fedrecsk import (
+    FedAvgRecommender,
+    FedFastRecommender,
+    FedFNNRecommender,
+    PopularityRecommender,
+)
 
 N_USERS, N_ITEMS = 40, 20
 
@@ -20,14 +25,36 @@ TRAINABLE = {
     ),
     # The MLP trains two networks a round in cross-validation: most of the time of the suite.
     "fedfnn-bce-mlp": FedFNNRecommender(
-        **FAST | {"n_rounds": 4}, objective="bce", clients_per_round=0.5, cv=2
+        **FAST | {"n_rounds": 4},
+        objective="bce",
+        clients_per_round=0.4,
+        cv=2,
+        predictor="mlp",
+        gate=False,
+        anchor=False,
     ),
     **{
-        f"fedfnn-bce-{predictor}": FedFNNRecommender(**FAST, objective="bce", predictor=predictor)
-        for predictor in ("linear", "cluster", None)
+        f"fedfnn-bce-{predictor}": FedFNNRecommender(
+            **FAST, objective="bce", predictor=predictor, gate=False, anchor=False
+        )
+        for predictor in ("cluster", None)
     },
+    "fedfnn-bce-linear": FedFNNRecommender(**FAST, objective="bce"),
+    "fedfnn-bce-no-refit": FedFNNRecommender(
+        **FAST | {"n_rounds": 20}, objective="bce", gate=False, refit=False
+    ),
     # The two tastes cancel out in a mean, so the gate would never let it through.
-    "fedfnn-bce-mean": FedFNNRecommender(**FAST, objective="bce", predictor="mean", gate=False),
+    "fedfnn-bce-mean": FedFNNRecommender(
+        **FAST, objective="bce", predictor="mean", gate=False, anchor=False
+    ),
+    "fedfast": FedFastRecommender(**FAST, n_clusters=2, item_bias=True),
+    "fedavg-ncf": FedAvgRecommender(
+        "ncf",
+        **FAST | {"n_rounds": 12},
+        clients_per_round=0.5,
+        learning_rate=0.1,
+        batch_size=None,
+    ),
     "fedavg-bce": FedAvgRecommender(**FAST),
     "fedavg-whole-data": FedAvgRecommender(**FAST, objective="whole-data"),
 }

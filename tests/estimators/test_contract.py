@@ -16,6 +16,7 @@ from sklearn.utils._param_validation import InvalidParameterError
 
 from fedrecsk import (
     FedAvgRecommender,
+    FedFastRecommender,
     FedFNNRecommender,
     NothingHeldOutError,
     NothingHeldOutWarning,
@@ -59,7 +60,8 @@ def test_predictors_are_at_work(trainable, obvious):
     if getattr(trainable, "predictor", None) is None:
         return
     history = trainable.fit(obvious).history_
-    if trainable.objective == "whole-data" and trainable.refit:
+    if trainable.refit and (trainable.objective == "whole-data" or trainable.anchor):
+        # Every vector is fitted anew at the end: nobody would read a prediction.
         assert "predicted_share" not in history[0]
     else:
         assert max(record.get("predicted_share", 0) for record in history) > 0
@@ -270,14 +272,102 @@ def test_weightings_biases_and_batches(item_weighting, item_bias, batch_size, ob
     assert item_bias == estimator.item_bias_.any()
 
 
-def test_fedavg_is_fedfnn_without_its_ideas(obvious):
-    for objective in ("whole-data", "bce"):
-        fedavg = FedAvgRecommender(**FAST, objective=objective).fit(obvious)
-        fedfnn = FedFNNRecommender(
-            **FAST, objective=objective, predictor=None, item_weighting="fedavg"
-        ).fit(obvious)
-        for name in ("user_factors_", "item_factors_", "item_bias_", "times_sampled_"):
-            np.testing.assert_array_equal(getattr(fedavg, name), getattr(fedfnn, name))
+FITTED = ("user_factors_", "item_factors_", "item_bias_", "times_sampled_", "network_")
+
+
+@pytest.mark.parametrize(
+    "shared", [{"objective": "whole-data"}, {"objective": "bce"}, {"model": "ncf"}], ids=str
+)
+def test_fedavg_is_fedfnn_without_its_ideas(obvious, shared):
+    shared = {**FAST, "objective": "bce", "refit": False, **shared}
+    fedavg = FedAvgRecommender(**shared).fit(obvious)
+    fedfnn = FedFNNRecommender(
+        **shared, predictor=None, item_weighting="fedavg", sampling="uniform"
+    ).fit(obvious)
+    for name in FITTED:
+        np.testing.assert_array_equal(getattr(fedavg, name), getattr(fedfnn, name))
+    assert [record["bytes_up"] for record in fedavg.history_] == [
+        record["bytes_up"] for record in fedfnn.history_
+    ]
+
+
+def test_fedfast_is_fedfnn_with_other_arguments(obvious):
+    shared = {**FAST, "item_weighting": "magnitude", "item_bias": False, "n_clusters": 3}
+    fedfast = FedFastRecommender(**shared).fit(obvious)
+    arguments = {
+        "objective": "bce",
+        "sampling": "stratified",
+        "predictor": "cluster",
+        "gate": False,
+        "anchor": False,
+        "extra_inputs": False,
+        "patience": 1000,
+    }
+    fedfnn = FedFNNRecommender(**shared, **arguments).fit(obvious)
+    for name in FITTED:
+        np.testing.assert_array_equal(getattr(fedfast, name), getattr(fedfnn, name))
+    assert max(record["predicted_share"] for record in fedfast.history_) == 0.8
+    one = FedFNNRecommender(**shared | {"n_clusters": 1}, **arguments).fit(obvious)
+    mean = FedFNNRecommender(**shared | {"n_clusters": 1}, **arguments | {"predictor": "mean"})
+    for name in FITTED:
+        np.testing.assert_array_equal(getattr(one, name), getattr(mean.fit(obvious), name))
+
+
+@pytest.mark.parametrize("predictor", ["mlp", "linear", "mean", "cluster"])
+def test_clients_send_the_same_with_and_without_prediction(obvious, predictor):
+    arguments = {**FAST, "objective": "bce", "refit": False, "server_optimizer": "sgd"}
+    arguments |= {"sampling": "uniform", "anchor": False, "gate": False}
+    predicting = FedFNNRecommender(**arguments, predictor=predictor).fit(obvious)
+    fedavg = FedAvgRecommender(**FAST, refit=False).fit(obvious)
+    for name in ("bytes_up", "bytes_down", "clients"):
+        assert [r[name] for r in predicting.history_] == [r[name] for r in fedavg.history_]
+
+
+@pytest.mark.parametrize("sampling", ["epoch", "uniform", "stratified"])
+def test_epochs_visit_everybody_once(obvious, sampling):
+    arguments = {**FAST | {"n_rounds": 4}, "clients_per_round": 10}
+    model = FedFNNRecommender(**arguments, sampling=sampling).fit(obvious)
+    assert model.times_sampled_.sum() == 40
+    assert (model.times_sampled_ == 1).all() == (sampling == "epoch")
+
+
+def test_newton_says_what_it_needs(obvious):
+    platforms = obvious[:, 0] // 2
+    newton = FedFNNRecommender(**FAST, objective="bce", server_optimizer="newton")
+    newton.fit(obvious)
+    for changes in ({"optimizer": "adam"}, {"item_weighting": "magnitude"}, {"model": "ncf"}):
+        with pytest.raises(ValueError, match="one user per client"):
+            clone(newton).set_params(**changes).fit(obvious)
+    with pytest.raises(ValueError, match="one user per client"):
+        clone(newton).fit(obvious, platforms)
+    # "auto" takes what fits.
+    clone(newton).set_params(server_optimizer="auto").fit(obvious, platforms)
+
+
+def test_prediction_works_on_the_vectors_of_a_network(obvious):
+    arguments = {**FAST, "model": "ncf", "objective": "bce", "refit": False, "gate": False}
+    model = FedFNNRecommender(**arguments, discount=0.5).fit(obvious)
+    assert model.history_[0]["predicted_share"] == 0.8
+    without = FedFNNRecommender(**arguments, discount=0.0).fit(obvious)
+    # Kept apart: what training makes is the same, what users are served with is not.
+    np.testing.assert_array_equal(model.item_factors_, without.item_factors_)
+    np.testing.assert_array_equal(model.network_, without.network_)
+    assert not np.array_equal(model.user_factors_, without.user_factors_)
+
+
+def test_ncf_cannot_be_solved_for(obvious):
+    with pytest.raises(ValueError, match='needs objective="bce"'):
+        FedFNNRecommender(**FAST, model="ncf").fit(obvious)
+
+
+def test_patience_on_a_ranking_metric_holds_rows_out(obvious):
+    arguments = {**FAST | {"n_rounds": 30}, "objective": "bce", "refit": False, "gate": False}
+    model = FedFNNRecommender(**arguments, patience_on="ndcg", patience=2).fit(obvious)
+    active = [record["prediction_active"] for record in model.history_]
+    assert active == sorted(active, reverse=True)  # once ended, ended for good
+    assert active[0]
+    assert not active[-1]
+    assert "validation_ndcg" not in model.history_[0]
 
 
 def test_clients_per_round_is_a_number_or_a_share(obvious):
@@ -342,9 +432,26 @@ BAD = {
         "n_clusters": 0,
         "cv": 1,
         "patience": 0,
+        "patience_on": "recall",
         "gate": "yes",
+        "anchor": 2,
+        "extra_inputs": "no",
+        "model": "svd",
+        "sampling": "all",
     },
-    FedAvgRecommender: SHARED_BAD | {"model": "svd"},
+    FedFastRecommender: {
+        name: value
+        for name, value in SHARED_BAD.items()
+        if name not in {"objective", "l2_exponent", "unobserved_weight", "item_curvature"}
+    }
+    | {
+        "item_weighting": "sum",
+        "discount": 1.5,
+        "discount_decay": -0.5,
+        "n_clusters": 0,
+        "patience": 0,
+    },
+    FedAvgRecommender: SHARED_BAD | {"model": "svd", "sampling": "all"},
     PopularityRecommender: {"min_rating": "3", "verbose": -1},
 }
 
