@@ -96,7 +96,8 @@ class Federation:
             streams=STREAMS,
             device=shards.device,
         )
-        return cls(shards, FactorState.start(users, items, Optimizer("sgd", 1.0)))
+        server = Optimizer("sgd", 1.0)
+        return cls(shards, FactorState.start(users, items, server, n_clients=coded.n_clients))
 
     def batches(self, client: int, batch_size: int | None) -> list[Batch]:
         """Draw what `bce_step` draws for a client in round 0, as mini-batches."""

@@ -13,7 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import _convergence_report as convergence
 import accuracy
+import fedfnn_sensitivity as sensitivity
+import fedfnn_streaming as streaming
 from _common import RESULTS, paired_ratio
 
 HERE = Path(__file__).parent
@@ -105,13 +108,76 @@ def whole_data_section(report: Report) -> str:
     return "\n\n".join([*parts, *goals(report)])
 
 
+def fedfnn_convergence_section(report: Report) -> str:
+    """Tables of rounds by data set, participation and serving; then costs, ever and never."""
+    parts = [origin(report)]
+    for heading, rows in convergence.tables_of(report["data"]):
+        parts += [f"**{heading}**", markdown(convergence.HEADER, rows)]
+    for name, result in report["data"].items():
+        for share, entry in result["participation"].items():
+            measured, where = entry["measured"], f"{name}, {100 * float(share):g}% of the clients"
+            parts.append(f"**{where}: the meta-network**, means over the seeds")
+            parts.append(markdown(convergence.COST_HEADER, convergence.cost_rows(measured)))
+            parts.append(f"**{where}: NDCG@20 of users who took part / who never did**, as held")
+            parts.append(markdown(*convergence.apart_rows(measured, "held")))
+    tuning = report["tuning"]
+    chosen = "; ".join(
+        f"{method}: {_words(entry['chosen'])}" for method, entry in tuning["methods"].items()
+    )
+    parts.append(f"Tuned on {tuning['data']} at {100 * tuning['participation']:g}%: {chosen}.")
+    return "\n\n".join([*parts, *goals(report)])
+
+
+def fedfnn_convergence_summary(report: Report) -> str:
+    """One table: rounds to the middle mark, by data set, participation and way of serving."""
+    shown = (
+        convergence.FEDAVG,
+        convergence.FEDFAST,
+        convergence.MLP,
+        convergence.BCE_DEFAULT,
+        convergence.WHOLE_DEFAULT,
+    )
+    cells: dict[str, dict[str, str]] = {}
+    columns = []
+    for name, result in report["data"].items():
+        for share, entry in result["participation"].items():
+            for protocol, derived in entry["derived"].items():
+                columns.append(f"{name}, {100 * float(share):g}%, {protocol}")
+                for method in shown:
+                    reached = derived["methods"][method]["rounds"][str(convergence.GOAL_MARK)]
+                    row = cells.setdefault(method, {})
+                    row[columns[-1]] = "never" if reached is None else str(reached)
+    return _by_data(cells, columns)
+
+
+def fedfnn_sensitivity_section(report: Report) -> str:
+    """One table for each data set and kind of prediction."""
+    parts = [origin(report)]
+    for name, result in report["data"].items():
+        for kind, header, rows in sensitivity.tables_of(result):
+            parts += [f"**{name}; {kind}**", markdown(header, rows)]
+    return "\n\n".join(parts)
+
+
+def fedfnn_streaming_section(report: Report) -> str:
+    """One table a data set for the stream, and one for the hard cases."""
+    parts = [origin(report)]
+    parts += [markdown(*streaming.stream_cells(result)) for result in report["streams"]]
+    parts.append(markdown(*streaming.hard_cells(report["hard_cases"])))
+    return "\n\n".join([*parts, *goals(report)])
+
+
 SECTIONS: Places = {
     "accuracy": ("accuracy", accuracy_section),
     "cohort_speed": ("cohort_speed", cohort_speed_section),
+    "fedfnn_convergence": ("fedfnn_convergence", fedfnn_convergence_section),
+    "fedfnn_sensitivity": ("fedfnn_sensitivity", fedfnn_sensitivity_section),
+    "fedfnn_streaming": ("fedfnn_streaming", fedfnn_streaming_section),
     "whole_data": ("whole_data", whole_data_section),
 }
 SUMMARIES: Places = {
     "accuracy": ("accuracy", accuracy_summary),
+    "convergence": ("fedfnn_convergence", fedfnn_convergence_summary),
     "speed": ("cohort_speed", cohort_speed_summary),
 }
 
@@ -163,8 +229,12 @@ def _by_data(cells: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> 
     return markdown(["", *columns], rows)
 
 
-def _words(params: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in params.items()) or "the defaults"
+def _words(params: Mapping[str, float | str]) -> str:
+    words = [
+        f"{name} {value if isinstance(value, str) else format(value, 'g')}"
+        for name, value in params.items()
+    ]
+    return ", ".join(words) or "the defaults"
 
 
 def main() -> int:

@@ -1,6 +1,8 @@
 import importlib
+import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +29,8 @@ def script(name: str) -> ModuleType:
 
 common, accuracy = script("_common"), script("accuracy")
 cohort_speed, tables = script("cohort_speed"), script("tables")
+curves, convergence_report = script("_curves"), script("_convergence_report")
+convergence, sensitivity = script("fedfnn_convergence"), script("fedfnn_sensitivity")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def data():
 @pytest.fixture
 def only_tiny(monkeypatch, data):
     """Let every script load the tiny data."""
-    for module in (accuracy, cohort_speed):
+    for module in (accuracy, cohort_speed, convergence):
         monkeypatch.setattr(module, "load", lambda paths, quick: [data])
 
 
@@ -300,7 +304,10 @@ def test_pfl_computes_what_the_loop_computes(federation):
     # pfl has one user vector for all, so the loop gets one as well.
     alike = state.user_factors[:1].expand_as(state.user_factors).clone()
     state = cohort_speed.FactorState.start(
-        alike, state.item_table, cohort_speed.Optimizer("sgd", 1.0)
+        alike,
+        state.item_table,
+        cohort_speed.Optimizer("sgd", 1.0),
+        n_clients=federation.shards.n_clients,
     )
     clients = range(10)
     batches = {client: federation.batches(client, 64) for client in clients}
@@ -363,6 +370,269 @@ def test_cohort_speed_goals_are_ratios_of_pairs():
     assert not goals["ml, batches of 64, lean loop / engine"].held
     assert goals["ml, full batch, engine / centralised"].held
     assert len(goals) == 3
+
+
+# ------------------------------------------------------------------- curves
+
+BCE = {"objective": "bce", "n_factors": 4, "l2": 0.02, "learning_rate": 0.1, "device": "cpu"}
+
+
+def fitted_ndcg(split, **params):
+    model = FedFNNRecommender(**{**BCE, **params}).fit(split.train, split.clients)
+    return evaluate(model, split.held_out, metrics="ndcg", k=20).overall["ndcg@20"]
+
+
+def test_grid_is_dense_early_and_ends_at_the_last_round():
+    rounds = curves.rounds_grid(100, 10, 1.1)
+    assert list(rounds[:12]) == [*range(1, 11), 11, 12]
+    assert rounds[-1] == 100
+    assert (np.diff(rounds) <= np.maximum(1, 0.1 * rounds[:-1])).all()
+    assert list(curves.rounds_grid(3, 10, 1.1)) == [1, 2, 3]
+
+
+def test_inner_split_never_sees_held_out_rows(data):
+    outer, inner = (curves.split_of(data, 1, 10**6, inner=inner) for inner in (False, True))
+    rows = {tuple(row) for row in outer.train}
+    assert {tuple(row) for row in inner.train} | {tuple(row) for row in inner.held_out} == rows
+    assert not {tuple(row) for row in outer.held_out} & rows
+    assert len(outer.clients) == len(outer.train)
+
+
+def test_judged_users_are_the_same_for_all_seeds(data):
+    users = [set(curves.split_of(data, seed, 7).held_out[:, 0]) for seed in (0, 1)]
+    assert len(users[0]) == 7
+    assert users[0] == users[1]
+    assert len(curves.split_of(data, 0, 7).train) == len(curves.split_of(data, 0, 40).train)
+
+
+@pytest.mark.parametrize("item_bias", [False, True])
+def test_both_curves_are_those_of_separate_fits(data, item_bias):
+    split = curves.split_of(data, 0, 10**6)
+    params = {**BCE, "predictor": None, "item_bias": item_bias}
+    run = curves.fit_and_record(
+        FedFNNRecommender, {**params, "refit": False}, split,
+        protocols=("held", "refit"), n_rounds=3, share=0.5, seed=5,
+    )  # fmt: skip
+    assert run["rounds"] == {"held": "1 2 3", "refit": "1 2 3"}
+    params.update(clients_per_round=0.5, random_state=5)
+    for protocol, refit in (("held", False), ("refit", True)):
+        curve = curves.unpack(run[protocol])
+        for n_rounds in (2, 3):
+            expected = fitted_ndcg(split, **params, n_rounds=n_rounds, refit=refit)
+            assert curve[n_rounds - 1] == pytest.approx(expected, abs=1e-4)
+    assert run["held"] != run["refit"]
+
+
+def test_whole_data_has_the_refit_of_its_own(data):
+    split = curves.split_of(data, 0, 10**6)
+    run = curves.fit_and_record(
+        FedFNNRecommender, {"n_factors": 4}, split,
+        protocols=("refit",), n_rounds=3, share=0.5, seed=5,
+    )  # fmt: skip
+    params = {"objective": "whole-data", "l2": "auto", "clients_per_round": 0.5, "random_state": 5}
+    expected = fitted_ndcg(split, **params, n_rounds=3)
+    assert curves.unpack(run["refit"])[-1] == pytest.approx(expected, abs=1e-4)
+
+
+def test_ever_and_never_sampled_make_up_the_mean(data, monkeypatch):
+    monkeypatch.setattr(curves, "APART_FROM", (2,))
+    split = curves.split_of(data, 0, 10**6)
+    run = curves.fit_and_record(
+        FedFNNRecommender, {**BCE, "predictor": "mean", "refit": False}, split,
+        protocols=("held",), n_rounds=3, share=0.2, seed=5,
+    )  # fmt: skip
+    (line,) = run["apart"]["held"]
+    t, n_ever, ever, never = map(float, line.split())
+    n_users = len(np.unique(split.held_out[:, 0]))
+    assert t == 2
+    assert 0 < n_ever < n_users
+    mean = (n_ever * ever + (n_users - n_ever) * never) / n_users
+    assert mean == pytest.approx(curves.unpack(run["held"])[1], abs=2e-4)
+    assert 0 < run["meta_network_share"] < 1
+    assert 0 <= run["rounds_predicted"] <= 1
+
+
+def test_timing_the_meta_network_leaves_it_as_it_was():
+    before = curves.fedfnn.predict_updates
+    with pytest.raises(ZeroDivisionError), curves.timed_predictions():
+        _ = 1 // (curves.fedfnn.predict_updates is before)  # raises as it is another one
+    assert curves.fedfnn.predict_updates is before
+
+
+def test_a_curve_ends_where_training_diverges(data):
+    run = curves.fit_and_record(
+        FedFNNRecommender,
+        {**BCE, "learning_rate": 1e4, "server_optimizer": "sgd", "predictor": None, "refit": False},
+        curves.split_of(data, 0, 10**6),
+        protocols=("held",), n_rounds=4, share=0.5, seed=0,
+    )  # fmt: skip
+    assert run["diverged"]
+    assert np.isnan(curves.unpack(run["held"])[-1])
+
+
+def test_oracle_with_everybody_is_no_prediction(data):
+    split = curves.split_of(data, 0, 10**6)
+    params = {**BCE, **curves.LOCAL, "item_bias": False}
+    options = {"protocols": ("held",), "n_rounds": 3, "seed": 0}
+    plain = {**params, "predictor": None, "server_optimizer": "sgd", "sampling": "uniform",
+             "refit": False}  # fmt: skip
+    for share, alike in ((1.0, True), (0.3, False)):
+        oracle = curves.fit_and_record(curves.Oracle, params, split, share=share, **options)
+        count = curves.fit_and_record(FedFNNRecommender, plain, split, share=share, **options)
+        assert (oracle["held"] == count["held"]) is alike
+
+
+def test_what_is_read_off_a_curve():
+    rounds = np.array([1.0, 2.0, 3.0, 5.0, 8.0])
+    curve = np.array([0.1, 0.3, 0.2, 0.25, 0.1])
+    assert curves.best_of(curve) == pytest.approx(0.25)
+    assert curves.best_of(np.array([0.2, 0.2, 0.2, np.nan])) == pytest.approx(0.2)
+    assert curves.first_reaching(rounds, curve, 0.25) == 2
+    assert curves.first_reaching(rounds, curve, 0.31) is None
+    assert curves.fewer(40, 100, 8) == 5.0
+    assert curves.fewer(None, 100, 8) == 12.5
+    assert curves.fewer(40, 100, None) == 0.0
+    np.testing.assert_array_equal(curves.unpack(curves.pack(np.array([0.12345, 1]))), [0.1235, 1])
+
+
+# -------------------------------------------------------------- convergence
+
+
+def measured_of(*final):
+    """Two baselines and the two defaults with straight curves to these heights, over 10 rounds."""
+    names = ("FedAvg", "FedFast", "+ newton server", "FedFNN, bce", "FedFNN")
+    steps = np.arange(1, 11)
+    measured = {}
+    for name, height in zip(names, final, strict=True):
+        curve = curves.pack(height * steps / 10)
+        protocols = ("refit",) if name == "FedFNN" else ("held", "refit")
+        measured[name] = {
+            "without": "+ newton server" if name == "FedFNN, bce" else None,
+            "rounds": dict.fromkeys(protocols, curves.pack(steps)),
+            "runs": [{**dict.fromkeys(protocols, curve), "apart": {"held": ["5 20 0.2 nan"]}}] * 2,
+        }
+    return measured
+
+
+def test_marks_are_set_by_fedavg():
+    derived = convergence_report.derive(measured_of(0.1, 0.05, 0.2, 0.4, 0.8), "held")
+    rows = derived["methods"]
+    assert derived["best of FedAvg"] == 0.09  # the mean of rounds 8 to 10
+    assert rows["FedAvg"]["rounds"] == {"90": 9, "95": 9, "99": 9}
+    assert rows["FedFast"]["rounds"] == {"90": None, "95": None, "99": None}
+    assert rows["FedFNN, bce"]["rounds"] == {"90": 3, "95": 3, "99": 3}
+    assert rows["FedFNN, bce"]["fewer than FedAvg"]["95"] == 3.0
+    assert rows["FedFNN, bce"]["fewer than FedFast"]["95"] == 3.33
+    assert rows["FedFNN, bce"]["fewer than without prediction"]["95"] == 1.67
+    assert rows["FedFNN"]["rounds"]["95"] == 2  # its one curve stands in both comparisons
+    cells = {row[0]: row[1:] for row in convergence_report.rows_of(derived)}
+    assert cells["FedFast"] == ["never"] * 3 + ["", "", "", "0.0450", "0.0500"]
+    assert cells["FedFNN, bce"][3:6] == ["3.0", "> 3.3", "1.7"]
+
+
+def test_convergence_goals():
+    measured = measured_of(0.1, 0.05, 0.2, 0.4, 0.08)
+    both = {
+        protocol: convergence_report.derive(measured, protocol) for protocol in ("held", "refit")
+    }
+    goals = {goal.what: goal for goal in convergence_report.goals_of("ml, 5%", both)}
+    assert len(goals) == 14
+    held = "ml, 5%, users served as held"
+    assert goals[f"{held}, FedFNN, bce, times fewer rounds than FedAvg"].value == 3.0
+    assert goals[f"{held}, FedFNN, times fewer rounds than FedAvg"].value == 0.0  # never
+    final = "final NDCG@20 against the best of both baselines"
+    assert goals[f"{held}, FedFNN, bce, {final}"].held
+    assert not goals[f"{held}, FedFNN, {final}"].held
+
+
+def test_convergence_methods_are_tuned_alike():
+    names = [method.name for method in convergence.METHODS]
+    assert len(set(names)) == len(names)
+    for method in convergence.METHODS:
+        assert len(method.candidates) == 6
+        assert method.without in (None, *names)
+        assert method.rates_of in (None, *names)
+        for params in method.candidates:
+            model = method.make(**{**method.params, **params})  # each is accepted
+            if "local_epochs" in method.params:
+                float(model.l2)  # the benchmark's refit takes it as it is
+
+
+def test_convergence_rounds_follow_the_participation():
+    plan = convergence.Plan(n_seeds=1, n_judged=9, scale=0.5, jobs=1, n_candidates=None)
+    fedavg, ours = convergence.METHODS[0], convergence.METHODS[-1]
+    assert [plan.rounds(fedavg, share) for share in (0.01, 0.04, 0.2)] == [300, 120, 40]
+    assert [plan.rounds(ours, share) for share in (0.01, 0.04, 1.0)] == [100, 50, 30]
+    assert plan.rounds(fedavg, 0.05, (120, 60)) == 60
+
+
+def test_convergence_runs_and_writes(only_tiny, tmp_path, capsys, monkeypatch):
+    shown = ("FedAvg", "FedFast", "mlp, literal", "+ newton server", "FedFNN, bce", "FedFNN")
+    methods = [method for method in convergence.METHODS if method.name in (*shown, "oracle")]
+    # Those that the rest is compared with must be there; the oracle's base is not.
+    methods = [replace(m, without=None) if m.without == "FedAvg + count" else m
+               for m in methods]  # fmt: skip
+    monkeypatch.setattr(convergence, "METHODS", methods)
+    out, figure = tmp_path / "fedfnn_convergence.json", tmp_path / "curves.png"
+    words = ["--quick", "--participation", "0.2", "--out", str(out)]
+    if importlib.util.find_spec("matplotlib"):
+        words += ["--plot", str(figure)]
+    assert convergence.main(words) == 0
+    printed = capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert report["command"].endswith("--quick --participation 0.2")
+    entry = report["data"]["tiny"]["participation"]["0.2"]
+    assert list(entry["measured"]) == [method.name for method in methods]
+    assert set(entry["derived"]["held"]["methods"]) == set(entry["measured"])
+    assert report["goals"] == []
+    tuning = report["tuning"]["methods"]
+    assert tuning["oracle"]["chosen"] == tuning["mlp, literal"]["chosen"]
+    best = max(tuning["FedAvg"]["tried"], key=lambda tried: tried["ndcg@20"])
+    assert tuning["FedAvg"]["chosen"] == best["params"]
+    assert "tiny, 20% of the clients, users served as held" in printed
+    assert figure.exists() == ("--plot" in words)
+    text = "<!-- fedfnn_convergence -->\n<!-- /fedfnn_convergence -->"
+    filled = tables.rewrite(text, {"fedfnn_convergence": report}, tables.SECTIONS)
+    assert "| FedFNN, bce | " in filled
+    assert "FedFNN: l2 auto, server_learning_rate auto" in filled
+    assert filled.count("| mlp, literal | ") == 4  # two ways of serving, costs, ever and never
+
+
+# -------------------------------------------------------------- sensitivity
+
+
+def test_sensitivity_compares_with_no_prediction():
+    plain, better = "0.1 0.1 0.1 0.1", "0.05 0.2 0.2 0.2"
+    curves_of = {(None, 0.0, 0): [plain] * 2, ("mlp, literal", 1.0, 3): [plain, better]}
+    result = sensitivity.derive("1 2 4 8", curves_of)
+    assert [cell["best"] for cell in result["cells"]] == [0.1, 0.15]
+    assert [cell["rounds"] for cell in result["cells"]] == [1, 2]
+    ((kind, header, rows),) = sensitivity.tables_of(result)
+    assert (kind, header) == ("mlp, literal", ["discount", "patience 3"])
+    assert rows == [["0 (no prediction)", "0.100 / 1"], ["1", "0.150 / 2"]]
+
+
+def test_sensitivity_runs_and_writes(monkeypatch, data, tmp_path, capsys):
+    monkeypatch.setattr(sensitivity, "data_sets", lambda arguments: [data])
+    out, figure = tmp_path / "fedfnn_sensitivity.json", tmp_path / "heatmap.png"
+    words = ["--quick", "--out", str(out)]
+    if importlib.util.find_spec("matplotlib"):
+        words += ["--plot", str(figure)]
+    assert sensitivity.main(words) == 0
+    report = json.loads(out.read_text())
+    cells = report["data"]["tiny"]["cells"]
+    assert [cell["kind"] for cell in cells] == ["no prediction", *sensitivity.KINDS]
+    assert "tiny, mlp, gated: best NDCG@20" in capsys.readouterr().out
+    assert figure.exists() == ("--plot" in words)
+    text = "<!-- fedfnn_sensitivity -->\n<!-- /fedfnn_sensitivity -->"
+    filled = tables.rewrite(text, {"fedfnn_sensitivity": report}, tables.SECTIONS)
+    assert filled.count("| 0 (no prediction) |") == 3
+
+
+def test_plot_without_matplotlib_is_refused_at_once(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match=r"fedrecsk\[plot\]"):
+        sensitivity.main(["--plot", str(tmp_path / "a.png")])
 
 
 # ------------------------------------------------------------------- tables
