@@ -155,7 +155,7 @@ class FedFNNRecommender(BaseRecommender):
         Meta-network; ``"mlp"`` is the paper's. None turns prediction off. A predicted vector
         that nobody would read is not computed: where `refit` lets every user fit its own at the
         end, only literal prediction (``anchor=False, objective="bce"``) leaves a trace.
-    discount, discount_decay : float in [0, 1], default=1.0 and 0.95
+    discount, discount_decay : float in [0, 1], default=1.0
         A prediction in round t is multiplied by ``discount * discount_decay**t``.
     n_clusters : int, default=10
         Of ``predictor="cluster"`` and ``sampling="stratified"``.
@@ -291,7 +291,7 @@ class FedFNNRecommender(BaseRecommender):
         server_learning_rate: float | Literal["auto"] = "auto",
         predictor: PredictorName | None = "linear",
         discount: float = 1.0,
-        discount_decay: float = 0.95,
+        discount_decay: float = 1.0,
         n_clusters: int = 10,
         cv: int = 5,
         patience: int = 5,

@@ -35,7 +35,12 @@ TRAINABLE = {
     ),
     **{
         f"fedfnn-bce-{predictor}": FedFNNRecommender(
-            **FAST, objective="bce", predictor=predictor, gate=False, anchor=False
+            **FAST,
+            objective="bce",
+            predictor=predictor,
+            gate=False,
+            anchor=False,
+            discount_decay=0.5,
         )
         for predictor in ("cluster", None)
     },

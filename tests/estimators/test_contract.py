@@ -302,6 +302,7 @@ def test_fedfast_is_fedfnn_with_other_arguments(obvious):
         "anchor": False,
         "extra_inputs": False,
         "patience": 1000,
+        "discount_decay": 0.95,
     }
     fedfnn = FedFNNRecommender(**shared, **arguments).fit(obvious)
     for name in FITTED:
