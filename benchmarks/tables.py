@@ -15,6 +15,7 @@ from typing import Any
 
 import _convergence_report as convergence
 import accuracy
+import fedfnn_cost as cost
 import fedfnn_sensitivity as sensitivity
 import fedfnn_streaming as streaming
 from _common import RESULTS, paired_ratio
@@ -167,10 +168,19 @@ def fedfnn_streaming_section(report: Report) -> str:
     return "\n\n".join([*parts, *goals(report)])
 
 
+def fedfnn_cost_section(report: Report) -> str:
+    """One table a data set."""
+    parts = [origin(report)]
+    for name, result in report["data"].items():
+        parts.append(markdown([name, *cost.HEADER[1:]], cost.table(result["rows"])))
+    return "\n\n".join([*parts, *goals(report)])
+
+
 SECTIONS: Places = {
     "accuracy": ("accuracy", accuracy_section),
     "cohort_speed": ("cohort_speed", cohort_speed_section),
     "fedfnn_convergence": ("fedfnn_convergence", fedfnn_convergence_section),
+    "fedfnn_cost": ("fedfnn_cost", fedfnn_cost_section),
     "fedfnn_sensitivity": ("fedfnn_sensitivity", fedfnn_sensitivity_section),
     "fedfnn_streaming": ("fedfnn_streaming", fedfnn_streaming_section),
     "whole_data": ("whole_data", whole_data_section),
