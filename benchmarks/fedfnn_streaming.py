@@ -2,9 +2,9 @@
 
 The stream: a fit on the earliest 60% of the rows, then three portions with the rest, each followed
 by a few rounds of `partial_fit`; against a fit from scratch on all rows with as many rounds in
-all. 5% of the clients a round. NDCG@20 on a random 20% of every user's rows, and the rounds to 95%
-of what the fit from scratch ends at: online, all rounds since the offline start count. Rows are in
-the order of their timestamps, or in a random one where there are none.
+all. 5% of the clients a round. NDCG@20 on a random 20% of every user's rows, and, once the last
+portion is there, the rounds to 95% of what the fit from scratch ends at: going on, or starting
+anew. Rows are in the order of their timestamps, or in a random one where there are none.
 
 The hard cases, on made-up data: one and two delegates a round; one user who has half of all rows
 (the others are scored); a drift, after which every user likes what a user of another cluster
@@ -164,13 +164,12 @@ def stream_run(
     streamed = Curve(held_out)
     model.set_callbacks(streamed).partial_fit(portions[-1])
     final = scratch.values[-1]
-    last = streamed.first_at(ENOUGH * final)
     return {
         **result,
         "new_users": 1 - known_users / len(model.user_ids_),
         "ndcg_stream": model.score(held_out),
         "ndcg_scratch": final,
-        "rounds_online": None if last is None else (N_PORTIONS - 1) * online + last,
+        "rounds_online": streamed.first_at(ENOUGH * final),
         "rounds_scratch": scratch.first_at(ENOUGH * final),
     }
 
