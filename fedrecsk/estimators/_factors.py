@@ -267,7 +267,7 @@ def _take_over(
             )
         codes, known = Vocabulary(old_ids).encode(ids)
         new[torch.from_numpy(known)] = torch.from_numpy(old[codes[known]]).to(new)
-        if len(old_ids) and new is table and new.shape[1] > users.shape[1]:
+        if new is table and new.shape[1] > users.shape[1]:
             # A bias of zero would rank above everything that is trained; nobody knows better.
             new[torch.from_numpy(~known), -1] = float(previous["item_bias_"].mean())
     return users, table

@@ -77,7 +77,6 @@ PREDICTION_CONSTRAINTS: Constraints = {
     "discount_decay": [Interval(Real, 0, 1, closed="both")],
     "n_clusters": [Interval(Integral, 1, None, closed="left")],
     "patience": [Interval(Integral, 1, None, closed="left")],
-    "patience_on": [StrOptions({"loss", "ndcg"})],
 }
 
 
@@ -261,6 +260,7 @@ class FedFNNRecommender(BaseRecommender):
         "server_optimizer": [StrOptions({"auto", "newton", "sgd", "momentum", "adam"})],
         "predictor": [StrOptions({"mlp", "linear", "mean", "cluster"}), None],
         "cv": [Interval(Integral, 2, None, closed="left")],
+        "patience_on": [StrOptions({"loss", "ndcg"})],
         "gate": ["boolean"],
         "anchor": ["boolean"],
         "extra_inputs": ["boolean"],

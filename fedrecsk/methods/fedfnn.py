@@ -560,11 +560,9 @@ def prediction_step(
     """
     watch = before.watch.after(monitored, patience)
     users = _users(before, shards, delegates)
-    new = replace(trained, watch=watch)
-    if anchor:
-        served = (before.user_factors if before.served is None else before.served).clone()
-        served[users] = trained.user_factors[users]
-        new = replace(new, served=served)
+    # What predictions are written into; a copy, so that `before` and `trained` stay as they are.
+    target = (served_factors(before) if anchor else trained.user_factors).clone()
+    target[users] = trained.user_factors[users]
     logs: Logs = {"prediction_active": watch.active}
     if watch.active:
         is_delegate = torch.zeros(shards.n_users, dtype=torch.bool, device=users.device)
@@ -597,12 +595,12 @@ def prediction_step(
         }
         if prediction.deltas is not None:
             moves = scale * prediction.deltas
-            target = new.served if anchor and new.served is not None else new.user_factors.clone()
             target[others] = start[others] + moves
-            new = replace(new, served=target) if anchor else replace(new, user_factors=target)
             logs["predicted_share"] = len(others) / shards.n_users
             logs["predicted_norm"] = float(moves.norm(dim=1).mean())
-    logs["user_norm"] = float(served_factors(new).norm(dim=1).mean())
+    logs["user_norm"] = float(target.norm(dim=1).mean())
+    new = replace(trained, watch=watch)
+    new = replace(new, served=target) if anchor else replace(new, user_factors=target)
     return new, logs
 
 

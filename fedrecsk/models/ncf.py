@@ -108,9 +108,8 @@ def init_head(
 
 def flat_head(head: Mapping[str, Tensor]) -> Tensor:
     """Put a head's weights into one vector (P,); `head_of` takes them out again."""
-    if not head:
-        return torch.zeros(0)
-    return torch.cat([value.reshape(-1) for value in head.values()])
+    parts = [part.reshape(-1) for layer in _layers(head) for part in layer]
+    return torch.cat(parts) if parts else torch.zeros(0)
 
 
 def head_of(flat: Tensor, n_factors: int, hidden: Sequence[int] = (8, 8)) -> Head:
@@ -127,17 +126,11 @@ def head_of(flat: Tensor, n_factors: int, hidden: Sequence[int] = (8, 8)) -> Hea
     """
     if not len(flat):
         return {}
-    head: Head = {}
-    start = 0
+    like: Head = {}
     for number, (inputs, outputs) in enumerate(pairwise([2 * n_factors, *hidden, 1])):
-        for name, shape in (
-            (f"weight_{number}", (inputs, outputs)),
-            (f"bias_{number}", (outputs,)),
-        ):
-            stop = start + math.prod(shape)
-            head[name] = flat[start:stop].reshape(shape)
-            start = stop
-    return head
+        like[f"weight_{number}"] = flat.new_empty(inputs, outputs)
+        like[f"bias_{number}"] = flat.new_empty(outputs)
+    return {name: value[0] for name, value in _stacked(flat[None], like).items()}
 
 
 def score_items(
@@ -345,7 +338,7 @@ class _Gradients:
     user : Tensor of shape (c, n, d), or (c, 1, d) for one user a client
     item : Tensor of shape (c, n, d or d + 1)
     head : Tensor of shape (c, P)
-        Laid out as `_flat`.
+        Laid out as `flat_head`.
     logit : Tensor of shape (c, n)
     """
 
@@ -398,11 +391,6 @@ def _gradients(
     return _Gradients(user_grad, item_grad, torch.cat([p.flatten(1) for p in parts], 1), logit)
 
 
-def _flat(head: Mapping[str, Tensor]) -> Tensor:
-    """Return one head as a vector (P,), layer by layer."""
-    return torch.cat([part.reshape(-1) for layer in _layers(head) for part in layer])
-
-
 def _stacked(flat: Tensor, head: Mapping[str, Tensor]) -> Head:
     """View clients' flat heads (C, P) as heads (C, ...) of the shapes of `head`."""
     names = [f"{kind}_{k}" for k in range(len(head) // 2) for kind in ("weight", "bias")]
@@ -435,7 +423,7 @@ def _train_fused(
     label[:, 0] = 1.0
     label = label.reshape(-1)
     # All that moves at every step of a client, side by side: its user's vector and its head.
-    own = torch.cat([user_vectors, _flat(head).expand(cohort.n_users, -1)], dim=1)
+    own = torch.cat([user_vectors, flat_head(head).expand(cohort.n_users, -1)], dim=1)
     moments = init_moments({"own": own}, optimizer)
     # Updated in place, so that the parts' views of it last.
     views = [(own[p.first :, None, :width], _stacked(own[p.first :, width:], head)) for p in parts]
@@ -729,7 +717,7 @@ def _train_pooled(
         if optimizer.name == "sgd"
         else _DenseUpdate(users, rows, trainable, cohort.owner, row_clients, n_clients, optimizer)
     )
-    own = {"head": _flat(head).repeat(n_clients, 1)}
+    own = {"head": flat_head(head).repeat(n_clients, 1)}
     moments = init_moments(own, optimizer)
     losses = rows.new_zeros(n_clients)
     for epoch in range(local_epochs):
