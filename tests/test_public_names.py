@@ -48,7 +48,12 @@ PUBLIC = {
         "PerUserHoldout",
         "PerUserKFold",
     },
-    "fedrecsk.plotting": {"ClientBalanceDisplay", "ConvergenceDisplay"},
+    "fedrecsk.plotting": {
+        "ClientBalanceDisplay",
+        "ConvergenceDisplay",
+        "GroupGainsDisplay",
+        "SpectrumDisplay",
+    },
 }
 OBJECTS = {
     f"{module}.{name}": getattr(importlib.import_module(module), name)

@@ -7,13 +7,18 @@ from fedrecsk.data.interactions import (
     interactions_from_sparse,
     read_columns,
 )
+from fedrecsk.data.partition import auto_ratio, auto_sizes, client_capacities, size_groups
 from fedrecsk.data.vocabulary import Vocabulary
 
 __all__ = [
     "Columns",
     "Interactions",
     "Vocabulary",
+    "auto_ratio",
+    "auto_sizes",
+    "client_capacities",
     "encode",
     "interactions_from_sparse",
     "read_columns",
+    "size_groups",
 ]

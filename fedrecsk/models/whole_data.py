@@ -30,13 +30,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedrecsk.engine.mixing import csr_product, row_offsets
+from fedrecsk.engine.mixing import csr_product, row_offsets, scatter_sum
 from fedrecsk.engine.shards import Cohort
 
 # Keeps solves regular where a user or an item has no data at all.
 JITTER = 1e-6
 # Smallest eigenvalue of the Gram matrix in a server step, relative to the largest.
 FLOOR = 1e-4
+ALL_COLUMNS = slice(None)
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,7 @@ def user_sums(
     Sums
     """
     n_items = len(item_factors)
-    padded = torch.bmm(_padded_rows(cohort, item_factors), users[:, :, None])[:, :, 0]
-    score = padded[cohort.row_user, cohort.position()]  # (n,)
+    score = _scores(cohort, users, item_factors)
     order = torch.argsort(cohort.items, stable=True)
     indptr = row_offsets(cohort.items, n_items)
     columns, fitted = cohort.row_user[order], score[order]
@@ -225,6 +225,23 @@ def user_sums(
     )
 
 
+def curvature_sums(cohort: Cohort, users: Tensor, item_factors: Tensor) -> Tensor:
+    """Σ (u·v_i)^2 over the users of each item, as in `Sums`, for a block of the columns.
+
+    Parameters
+    ----------
+    cohort : Cohort
+    users : Tensor of shape (U, b)
+    item_factors : Tensor of shape (n_items, b)
+
+    Returns
+    -------
+    Tensor of shape (n_items,)
+    """
+    squares = _scores(cohort, users, item_factors).square()
+    return scatter_sum(squares[:, None], cohort.items, len(item_factors))[:, 0]
+
+
 def server_step(
     item_factors: Tensor,
     statistics: ServerStatistics,
@@ -237,6 +254,8 @@ def server_step(
     rate: float,
     decay: float,
     item_curvature: bool = True,
+    columns: slice = ALL_COLUMNS,
+    n_owners: int | None = None,
 ) -> tuple[Tensor, ServerStatistics]:
     """Move the item table by one quasi-Newton step from the cohort's sums.
 
@@ -244,8 +263,10 @@ def server_step(
     ----------
     item_factors : Tensor of shape (n_items, d)
     statistics : ServerStatistics
+        Of the block of columns.
     sums : Sums
-        Of the cohort; scaled up to all users here.
+        Of the cohort; scaled up to all users here. Where only some columns are moved, its counts
+        and curvature are those of the users that have these columns, and of these columns.
     n_users : int
         Users of the federation, N.
     unobserved_weight : float
@@ -258,34 +279,40 @@ def server_step(
         Of the running averages.
     item_curvature : bool, default=True
         Whether H_i has the rank-one term.
+    columns : slice, default=all
+        Block of columns to move, as if the others stood still.
+    n_owners : int, optional
+        Users of the federation that have these columns; default: all.
 
     Returns
     -------
     item_factors, statistics
-        New objects.
+        New objects; of the table the block alone, (n_items, b).
     """
     scale = n_users / sums.n_users
     weight = decay * statistics.weight + (1 - decay)
+    block = item_factors[:, columns]
     new = ServerStatistics(
-        gram=decay * statistics.gram + (1 - decay) * scale * sums.gram,
+        gram=decay * statistics.gram + (1 - decay) * scale * sums.gram[columns, columns],
         counts=decay * statistics.counts + (1 - decay) * scale * sums.counts,
         curvature=decay * statistics.curvature + (1 - decay) * scale * sums.curvature,
         weight=weight,
     )
     counts = new.counts / weight
     ridge = penalty.strength(counts, mean_rows)[:, None]
-    grad = scale * sums.pull - unobserved_weight * scale * item_factors @ sums.gram
-    grad = grad - ridge * item_factors
+    grad = scale * sums.pull[:, columns]
+    grad -= unobserved_weight * scale * item_factors @ sums.gram[:, columns]
+    grad -= ridge * block
 
     # One eigenbasis serves all items: there H_i is diagonal plus the rank-one term.
     values, basis = torch.linalg.eigh(new.gram / weight)
     # Directions that no user has shown yet carry no gradient but rounding; a floor relative to
     # the others keeps it from being blown up.
     values = values.clamp_min(FLOOR * values[-1])
-    shape = (counts / n_users)[:, None] * values
+    shape = (counts / (n_owners or n_users))[:, None] * values
     diagonal = unobserved_weight * values + shape + ridge  # (n_items, d)
-    norm = item_factors.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    along = (item_factors / norm) @ basis
+    norm = block.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    along = (block / norm) @ basis
     observed = new.curvature / weight / norm[:, 0] ** 2
     missing = (observed - (shape * along**2).sum(1)).clamp_min(0.0) * float(item_curvature)
     step = grad @ basis / diagonal
@@ -293,7 +320,7 @@ def server_step(
     # Sherman and Morrison: (D + m a aᵀ)^-1 g = D^-1 g - m (a·D^-1 g)/(1 + m a·D^-1 a) D^-1 a
     factor = missing * (along * step).sum(1) / (1.0 + missing * (along * turned).sum(1))
     step = step - factor[:, None] * turned
-    return item_factors + rate * step @ basis.T, new
+    return block + rate * step @ basis.T, new
 
 
 def default_l2(n_rows: int, n_users: int, n_items: int) -> float:
@@ -368,6 +395,12 @@ def default_rate(participation: float, t: int) -> float:
     (1.0, 0.5, 0.062)
     """
     return max(steady_rate(participation, t), 1.0 / (t + 1))
+
+
+def _scores(cohort: Cohort, users: Tensor, item_factors: Tensor) -> Tensor:
+    """Scores (n,) of the cohort's interactions."""
+    padded = torch.bmm(_padded_rows(cohort, item_factors), users[:, :, None])[:, :, 0]
+    return padded[cohort.row_user, cohort.position()]
 
 
 def _padded_rows(cohort: Cohort, item_factors: Tensor) -> Tensor:
