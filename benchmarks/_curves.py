@@ -35,6 +35,7 @@ from fedrecsk.methods.meta_network import predict_updates
 from fedrecsk.metrics import evaluate
 from fedrecsk.model_selection import PerUserHoldout
 from fedrecsk.models import sampled_bce
+from fedrecsk.models.factors import random_factors
 
 N_FACTORS = 32
 LOCAL = {"local_epochs": 5, "n_negatives": 4, "batch_size": 64}  # of every method with "bce"
@@ -345,7 +346,7 @@ class Oracle(FedFNNRecommender):
         ).fit(X, client_ids)  # fmt: skip
         data = encode(X, client_ids)
         shards, streams = _shards(data), Streams.from_random_state(self.random_state)
-        users, table = fedfnn.random_factors(
+        users, table = random_factors(
             data.n_users, data.n_items, self.n_factors, item_bias=False,
             init_scale=INIT_SCALE, streams=streams, device=shards.device,
         )  # fmt: skip

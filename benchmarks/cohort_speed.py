@@ -54,8 +54,9 @@ from fedrecsk.data.interactions import encode, read_columns
 from fedrecsk.engine.local import Optimizer
 from fedrecsk.engine.shards import ClientShards
 from fedrecsk.engine.streams import Streams
-from fedrecsk.methods.fedfnn import FactorState, bce_step, random_factors, whole_data_step
+from fedrecsk.methods.fedfnn import FactorState, bce_step, whole_data_step
 from fedrecsk.models import sampled_bce, whole_data
+from fedrecsk.models.factors import random_factors
 
 SCRIPT = "cohort_speed"
 N_FACTORS = 32

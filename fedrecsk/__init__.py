@@ -2,9 +2,11 @@
 
 from fedrecsk.data import interactions_from_sparse
 from fedrecsk.estimators import (
+    CentralizedRecommender,
     FedAvgRecommender,
     FedFastRecommender,
     FedFNNRecommender,
+    HeteFedRecRecommender,
     PopularityRecommender,
 )
 from fedrecsk.exceptions import NothingHeldOutError, NothingHeldOutWarning, UnknownIdWarning
@@ -12,9 +14,11 @@ from fedrecsk.exceptions import NothingHeldOutError, NothingHeldOutWarning, Unkn
 __version__ = "0.1.0"
 
 __all__ = [
+    "CentralizedRecommender",
     "FedAvgRecommender",
     "FedFNNRecommender",
     "FedFastRecommender",
+    "HeteFedRecRecommender",
     "NothingHeldOutError",
     "NothingHeldOutWarning",
     "PopularityRecommender",

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 import fedrecsk
 from fedrecsk import (
+    CentralizedRecommender,
     FedAvgRecommender,
     FedFastRecommender,
     FedFNNRecommender,
@@ -33,6 +34,7 @@ from fedrecsk.plotting import ClientBalanceDisplay, ConvergenceDisplay
 # methods that have a parameter of that name.
 METHODS: dict[str, type[Any]] = {
     "popularity": PopularityRecommender,
+    "centralized": CentralizedRecommender,
     "fedavg": FedAvgRecommender,
     "fedfast": FedFastRecommender,
     "fedfnn": FedFNNRecommender,

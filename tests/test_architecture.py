@@ -33,7 +33,11 @@ FLOORS = {
     "__main__": 6,
 }
 # Files in methods/ that belong to the paper of another: a part of it that is read on its own.
-PART_OF = {"meta_network": "fedfnn"}
+PART_OF = {
+    "meta_network": "fedfnn",
+    "padded_aggregation": "hetefedrec",
+    "self_distillation": "hetefedrec",
+}
 
 
 def floor_name(module):

@@ -65,7 +65,9 @@ def test_built_in_data_all_methods(small, capsys):
     assert table["fedavg"]["MB down"] > 0
     lines = err.splitlines()  # not a terminal: whole lines, one a round here
     expected = [("Popularity", 1, 1)]
-    expected += [(name, t, 3) for name in ("FedAvg", "FedFast", "FedFNN") for t in (1, 2, 3)]
+    expected += [
+        (name, t, 3) for name in ("Centralized", "FedAvg", "FedFast", "FedFNN") for t in (1, 2, 3)
+    ]
     assert len(lines) == len(expected)
     for line, (name, done, n_rounds) in zip(lines, expected, strict=True):
         assert line.startswith(f"[{name}Recommender] round {done}/{n_rounds}  loss ")

@@ -13,6 +13,7 @@ import fedrecsk
 
 PUBLIC = {
     "fedrecsk": {
+        "CentralizedRecommender",
         "FedAvgRecommender",
         "FedFNNRecommender",
         "FedFastRecommender",

@@ -1,12 +1,16 @@
 """Floor 4: scikit-learn estimators around the methods: validate, call, assign."""
 
 from fedrecsk.estimators._baselines import FedAvgRecommender, PopularityRecommender
+from fedrecsk.estimators._centralized import CentralizedRecommender
 from fedrecsk.estimators._fedfast import FedFastRecommender
 from fedrecsk.estimators._fedfnn import FedFNNRecommender
+from fedrecsk.estimators._hetefedrec import HeteFedRecRecommender
 
 __all__ = [
+    "CentralizedRecommender",
     "FedAvgRecommender",
     "FedFNNRecommender",
     "FedFastRecommender",
+    "HeteFedRecRecommender",
     "PopularityRecommender",
 ]

@@ -13,7 +13,12 @@ from fedrecsk.engine.local import OptimizerName
 from fedrecsk.engine.traffic import sparse_row_bytes
 from fedrecsk.estimators._base import SHARED_CONSTRAINTS, Attributes, BaseRecommender, RoundWatch
 from fedrecsk.estimators._factors import score_factor_items, score_factor_pairs
-from fedrecsk.estimators._fedfnn import FACTOR_CONSTRAINTS, factor_probability, simulate_fedfnn
+from fedrecsk.estimators._fedfnn import (
+    FACTOR_CONSTRAINTS,
+    ModelName,
+    factor_probability,
+    simulate_fedfnn,
+)
 from fedrecsk.estimators._sklearn import Constraints
 from fedrecsk.methods.fedfnn import SamplingName
 
@@ -28,9 +33,8 @@ class FedAvgRecommender(BaseRecommender):
 
     Parameters
     ----------
-    model : {"mf", "ncf"}, default="mf"
-        Matrix factorisation, or neural collaborative filtering: a small network over a user and
-        an item vector, shared like the items (``objective="bce"``).
+    model : {"mf", "ncf", "lightgcn"}, default="mf"
+        Matrix factorisation, neural collaborative filtering, or LightGCN, see `FedFNNRecommender`.
     n_factors : int, default=32
         Length of the user and item vectors.
     objective : {"bce", "whole-data"}, default="bce"
@@ -41,7 +45,7 @@ class FedAvgRecommender(BaseRecommender):
     sampling : {"uniform", "epoch", "stratified"}, default="uniform"
     local_epochs : int, default=5
     learning_rate : float or "auto", default="auto"
-    batch_size : int or None, default=64
+    batch_size : int, None or "auto", default="auto"
     n_negatives : int, default=4
     l2 : float or "auto", default="auto"
     l2_exponent : float in [0, 1], default=0.75
@@ -50,6 +54,7 @@ class FedAvgRecommender(BaseRecommender):
     init_scale : float or "auto", default="auto"
     optimizer : {"auto", "sgd", "momentum", "adam"}, default="auto"
     item_bias : bool, default=True
+    n_graph_layers : int, default=1
     server_optimizer : {"sgd", "momentum", "adam"}, default="sgd"
     server_learning_rate : float or "auto", default="auto"
     refit : bool, default=True
@@ -68,7 +73,7 @@ class FedAvgRecommender(BaseRecommender):
     ----------
     user_factors_, item_factors_, item_bias_, network_, times_sampled_, history_, n_rounds_ :
         As in `FedFNNRecommender`.
-    item_evidence_, user_gram_, user_gram_weight_ :
+    n_graph_layers_, item_evidence_, user_gram_, user_gram_weight_ :
         As in `FedFNNRecommender`.
     user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
         As in `FedFNNRecommender`.
@@ -95,7 +100,7 @@ class FedAvgRecommender(BaseRecommender):
 
     def __init__(
         self,
-        model: Literal["mf", "ncf"] = "mf",
+        model: ModelName = "mf",
         *,
         n_factors: int = 32,
         objective: Literal["whole-data", "bce"] = "bce",
@@ -104,7 +109,7 @@ class FedAvgRecommender(BaseRecommender):
         sampling: SamplingName = "uniform",
         local_epochs: int = 5,
         learning_rate: float | Literal["auto"] = "auto",
-        batch_size: int | None = 64,
+        batch_size: int | Literal["auto"] | None = "auto",
         n_negatives: int = 4,
         l2: float | Literal["auto"] = "auto",
         l2_exponent: float = 0.75,
@@ -113,6 +118,7 @@ class FedAvgRecommender(BaseRecommender):
         init_scale: float | Literal["auto"] = "auto",
         optimizer: OptimizerName | Literal["auto"] = "auto",
         item_bias: bool = True,
+        n_graph_layers: int = 1,
         server_optimizer: OptimizerName = "sgd",
         server_learning_rate: float | Literal["auto"] = "auto",
         refit: bool = True,
@@ -143,6 +149,7 @@ class FedAvgRecommender(BaseRecommender):
         self.init_scale = init_scale
         self.optimizer = optimizer
         self.item_bias = item_bias
+        self.n_graph_layers = n_graph_layers
         self.server_optimizer = server_optimizer
         self.server_learning_rate = server_learning_rate
         self.refit = refit
@@ -179,6 +186,7 @@ class FedAvgRecommender(BaseRecommender):
             optimizer=self.optimizer,
             item_weighting="fedavg",
             item_bias=self.item_bias,
+            n_graph_layers=self.n_graph_layers,
             server_optimizer=self.server_optimizer,
             server_learning_rate=self.server_learning_rate,
             predictor=None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,12 +19,15 @@ from fedrecsk.data.interactions import Interactions
 from fedrecsk.data.vocabulary import Vocabulary
 from fedrecsk.engine.local import Optimizer
 from fedrecsk.engine.rounds import EarlyStopping, Record, run_rounds
-from fedrecsk.engine.shards import ClientShards
+from fedrecsk.engine.shards import ClientShards, concatenate_ranges
 from fedrecsk.engine.streams import Streams
 from fedrecsk.estimators._base import SCORE_K, Attributes, RoundWatch
-from fedrecsk.methods.fedfnn import FactorState, Logs, random_factors, served_factors
+from fedrecsk.methods.fedfnn import FactorState, Logs, served_factors
 from fedrecsk.metrics.ranking import hits_of, ndcg_from_hits, top_k
 from fedrecsk.models import ncf
+from fedrecsk.models.ego_graph import EgoGraphs
+from fedrecsk.models.factors import random_factors
+from fedrecsk.models.head import Head, flat_head, head_of
 from fedrecsk.models.whole_data import ServerStatistics
 
 # Early stopping ranks at most this many users a round.
@@ -32,6 +35,9 @@ MAX_VALIDATION_USERS = 2_000
 
 Step = Callable[[FactorState, int], tuple[FactorState, Logs]]
 Refit = Callable[[FactorState, NDArray[np.int64]], Tensor]
+State = TypeVar("State")
+# Items of users in CSR form: offsets (n + 1,), and the items (nnz,) user by user.
+Positives = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +58,31 @@ class Validation:
     seen_rows: NDArray[np.int64]
     seen_items: NDArray[np.int64]
 
-    def ndcg(self, users: Tensor, state: FactorState) -> float:
-        """Mean NDCG@20 of the validation users for user vectors (n_users, d) and a state."""
+    def ndcg(self, users: Tensor, table: Tensor, head: Head, n_graph_layers: int = 0) -> float:
+        """Mean NDCG@20 of the validation users for user vectors (n_users, d) and a model."""
         chosen = torch.from_numpy(self.users).to(users.device)
-        array = score_table(users[chosen], state.item_table, state.head).cpu().numpy()
-        array[self.seen_rows, self.seen_items] = -np.inf
-        k = min(SCORE_K, array.shape[1])
-        hits = hits_of(top_k(array, k), self.truth)
-        return float(ndcg_from_hits(hits, np.diff(self.truth.indptr), k).mean())
+        offsets, items = self.positives()
+        scores = score_table(
+            users[chosen],
+            table,
+            head,
+            n_graph_layers=n_graph_layers,
+            positives=(offsets.to(users.device), items.to(users.device)),
+        )
+        return float(self.ndcg_per_user(scores.cpu().numpy()).mean())
+
+    def positives(self) -> Positives:
+        """Training rows of the validation users."""
+        counts = np.bincount(self.seen_rows, minlength=len(self.users))
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        return torch.from_numpy(offsets), torch.from_numpy(self.seen_items)
+
+    def ndcg_per_user(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
+        """NDCG@20 (m,) of scores (m, n_items) of the validation users; overwrites them."""
+        scores[self.seen_rows, self.seen_items] = -np.inf
+        k = min(SCORE_K, scores.shape[1])
+        hits = hits_of(top_k(scores, k), self.truth)
+        return ndcg_from_hits(hits, np.diff(self.truth.indptr), k)
 
 
 def hold_out(
@@ -113,7 +136,8 @@ def fit_factors(
     item_bias: bool,
     init_scale: float,
     server_optimizer: Optimizer | None,
-    head: ncf.Head,
+    head: Head,
+    n_graph_layers: int,
     n_rounds: int,
     validation: Validation | None,
     shards: ClientShards,
@@ -135,6 +159,8 @@ def fit_factors(
         before inference.
     n_factors, item_bias, init_scale, server_optimizer, head
         Of the start, see `fedrecsk.methods.fedfnn`.
+    n_graph_layers : int
+        Over which a network's inputs are propagated.
     n_rounds : int
     validation : Validation or None
         With early stopping.
@@ -162,8 +188,8 @@ def fit_factors(
     )
     first_round = 0
     if previous is not None:
-        users, table = _take_over(users, table, data, previous)
-        head = _head_before(head, n_factors, previous)
+        users, table = take_over(users, table, data, previous)
+        head = head_before(head, n_factors, n_graph_layers, previous)
         first_round = int(previous["n_rounds_"])
     state = FactorState.start(
         users,
@@ -176,15 +202,22 @@ def fit_factors(
     if previous is not None:
         state = replace(
             state,
-            times_sampled=_times_sampled_before(state, data, previous),
+            times_sampled=times_sampled_before(state.times_sampled, data, previous),
             statistics=_statistics_before(state, data, previous),
         )
     everybody = np.arange(shards.n_clients)
-    round_now = first_round
 
     def attributes(state: FactorState) -> Attributes:
         users = served_factors(state) if refit is None else refit(state, everybody)
-        return _fitted(users, state, n_factors)
+        statistics = state.statistics
+        evidence = torch.stack([statistics.counts, statistics.curvature], 1)
+        return {
+            **model_attributes(users, state.item_table, state.head, n_graph_layers),
+            "times_sampled_": state.times_sampled.cpu().numpy().astype(np.int64),
+            "item_evidence_": evidence.cpu().numpy(),
+            "user_gram_": statistics.gram.cpu().numpy(),
+            "user_gram_weight_": statistics.weight,
+        }
 
     stopping = None
     if validation is not None:
@@ -192,25 +225,66 @@ def fit_factors(
 
         def evaluate(state: FactorState) -> float:
             users = served_factors(state) if refit is None else refit(state, holders)
-            return validation.ndcg(users, state)
+            return validation.ndcg(users, state.item_table, state.head, n_graph_layers)
 
         stopping = EarlyStopping(evaluate=evaluate, n_iter_no_change=n_iter_no_change, tol=tol)
+    return run_factors(
+        watch,
+        step=step,
+        start=state,
+        attributes=attributes,
+        n_rounds=n_rounds,
+        first_round=first_round,
+        early_stopping=stopping,
+    )
+
+
+def run_factors(
+    watch: RoundWatch,
+    *,
+    step: Callable[[State, int], tuple[State, Logs]],
+    start: State,
+    attributes: Callable[[State], Attributes],
+    n_rounds: int,
+    first_round: int,
+    early_stopping: EarlyStopping[State] | None,
+) -> Attributes:
+    """Run rounds of a factor model, whatever its state, and say where they diverge.
+
+    Parameters
+    ----------
+    watch : RoundWatch
+    step : callable
+        ``step(state, t) -> (state, logs)``.
+    start
+        The state before the first round.
+    attributes : callable
+        ``attributes(state) -> dict`` of fitted attributes, those of `model_attributes` among them.
+    n_rounds, first_round : int
+    early_stopping : EarlyStopping or None
+
+    Returns
+    -------
+    dict
+        The attributes of the final state, and ``history_``.
+    """
+    round_now = first_round
 
     def round_begins() -> None:
         nonlocal round_now
         round_now += 1
         watch.begin()
 
-    def round_ended(state: FactorState, record: Record) -> bool:
+    def round_ended(state: State, record: Record) -> bool:
         return watch.end(record, lambda: attributes(state))
 
     try:
         result = run_rounds(
             step,
-            state,
+            start,
             n_rounds=n_rounds,
             first_round=first_round,
-            early_stopping=stopping,
+            early_stopping=early_stopping,
             on_round_begin=round_begins,
             on_round_end=round_ended,
         )
@@ -219,17 +293,18 @@ def fit_factors(
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         # Vectors so large, or so alike without a penalty, that the equations have no solution.
         raise _diverged("vectors cannot be solved for", round_now) from error
-    if not _largest_score(fitted, n_factors) < float(np.finfo(np.float32).max):
+    if not _largest_score(fitted) < float(np.finfo(np.float32).max):
         raise _diverged("the scores are not finite", round_now)
     return {**fitted, "history_": result.history}
 
 
-def _largest_score(fitted: Attributes, n_factors: int) -> float:
+def _largest_score(fitted: Attributes) -> float:
     """Bound the scores from above; NaN if a factor is."""
     user, item, bias = (
         float(np.abs(fitted[name]).max(initial=0.0))
         for name in ("user_factors_", "item_factors_", "item_bias_")
     )
+    n_factors = int(fitted["item_factors_"].shape[1])
     return n_factors * user * item + bias
 
 
@@ -249,7 +324,7 @@ def make_shards(
     )
 
 
-def _take_over(
+def take_over(
     users: Tensor, table: Tensor, data: Interactions, previous: Attributes
 ) -> tuple[Tensor, Tensor]:
     """Put previous factors in the places of known ids; new ids keep their random start."""
@@ -273,24 +348,24 @@ def _take_over(
     return users, table
 
 
-def _times_sampled_before(state: FactorState, data: Interactions, previous: Attributes) -> Tensor:
+def times_sampled_before(fresh: Tensor, data: Interactions, previous: Attributes) -> Tensor:
     """Count the rounds (n_users,) in which each user took part before; new users have none."""
-    times = state.times_sampled.clone()
+    times = fresh.clone()
     codes, known = Vocabulary(previous["user_ids_"]).encode(data.users.ids)
     counted = previous["times_sampled_"][codes[known]]
     times[torch.from_numpy(known)] = torch.from_numpy(counted).to(times)
     return times
 
 
-def _head_before(head: ncf.Head, n_factors: int, previous: Attributes) -> ncf.Head:
+def head_before(head: Head, n_factors: int, n_graph_layers: int, previous: Attributes) -> Head:
     """Put the previous head in the place of a fresh one."""
     flat = torch.from_numpy(previous["network_"])
-    if len(flat) != len(ncf.flat_head(head)):
+    if len(flat) != len(flat_head(head)) or previous["n_graph_layers_"] != n_graph_layers:
         raise ValueError(
-            "Cannot go on with another model than before: model changed since the last fit. Fit "
-            "anew with warm_start=False."
+            "Cannot go on with another model than before: model or n_graph_layers changed since "
+            "the last fit. Fit anew with warm_start=False."
         )
-    old = ncf.head_of(flat, n_factors)
+    old = head_of(flat, n_factors)
     return {name: old[name].to(value) for name, value in head.items()}
 
 
@@ -311,28 +386,44 @@ def _statistics_before(
     return replace(fresh, gram=gram, counts=counts, curvature=curvature, weight=weight)
 
 
-def _fitted(users: Tensor, state: FactorState, n_factors: int) -> Attributes:
-    statistics = state.statistics
-    table = state.item_table.cpu().numpy()
+def model_attributes(
+    users: Tensor, item_table: Tensor, head: Head, n_graph_layers: int
+) -> Attributes:
+    """Turn a model into the fitted attributes that `score_factor_items` reads."""
+    table, n_factors = item_table.cpu().numpy(), users.shape[1]
     bias = table[:, n_factors] if table.shape[1] > n_factors else np.zeros(len(table), table.dtype)
     return {
         "user_factors_": users.cpu().numpy(),
         "item_factors_": np.ascontiguousarray(table[:, :n_factors]),
         "item_bias_": np.ascontiguousarray(bias),
-        "times_sampled_": state.times_sampled.cpu().numpy().astype(np.int64),
-        "network_": ncf.flat_head(state.head).cpu().numpy(),
-        "item_evidence_": torch.stack([statistics.counts, statistics.curvature], 1).cpu().numpy(),
-        "user_gram_": statistics.gram.cpu().numpy(),
-        "user_gram_weight_": statistics.weight,
+        "network_": flat_head(head).cpu().numpy(),
+        "n_graph_layers_": n_graph_layers,
     }
 
 
-def score_table(users: Tensor, table: Tensor, head: ncf.Head) -> Tensor:
-    """Scores (n, n_items) of all items for user vectors (n, d), whatever the model."""
+def score_table(
+    users: Tensor,
+    table: Tensor,
+    head: Head,
+    *,
+    n_graph_layers: int = 0,
+    positives: Positives | None = None,
+) -> Tensor:
+    """Scores (n, n_items) of all items for user vectors (n, d), whatever the model.
+
+    Graph layers need the users' positives.
+    """
     width = users.shape[1]
     bias = table.shape[1] > width
     if head:
-        return ncf.score_items(users, table, head, item_bias=bias)
+        return ncf.score_items(
+            users,
+            table,
+            head,
+            item_bias=bias,
+            n_graph_layers=n_graph_layers,
+            positives=positives if n_graph_layers else None,
+        )
     scores = users @ table[:, :width].T
     return scores + table[:, width] if bias else scores
 
@@ -341,11 +432,12 @@ def score_factor_items(estimator: Any, users: NDArray[np.int64]) -> NDArray[np.f
     """Scores (n, n_items) of all items; -1 is scored with the mean user vector."""
     vectors = _vectors(estimator, users)
     if len(estimator.network_):
-        scores: NDArray[np.float32] = ncf.score_items(
+        scores: NDArray[np.float32] = score_table(
             torch.from_numpy(vectors),
             torch.from_numpy(_table(estimator)),
             _head(estimator),
-            item_bias=True,
+            n_graph_layers=estimator.n_graph_layers_,
+            positives=_seen_by(estimator, users),
         ).numpy()
         return scores
     scores = vectors @ estimator.item_factors_.T
@@ -357,6 +449,8 @@ def score_factor_pairs(
     estimator: Any, users: NDArray[np.int64], items: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Scores (n,) pair by pair, in double precision: the same whatever else is in the batch."""
+    if estimator.n_graph_layers_:
+        return _network_scores(*_propagated(estimator, users, items), _head(estimator))
     vectors = _vectors(estimator, users).astype(np.float64)
     if len(estimator.network_):
         return _network_scores(vectors, _table(estimator)[items], _head(estimator))
@@ -366,8 +460,39 @@ def score_factor_pairs(
     return scores
 
 
+def _propagated(
+    estimator: Any, users: NDArray[np.int64], items: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Vectors (n, d) and item rows (n, d + 1) of pairs after propagation over graph layers."""
+    distinct, place = np.unique(users, return_inverse=True)
+    table = torch.from_numpy(_table(estimator)).double()
+    offsets, seen = _seen_by(estimator, distinct)
+    graphs = EgoGraphs.of(
+        torch.from_numpy(_vectors(estimator, distinct)).double(),
+        table,
+        offsets,
+        seen,
+        n_layers=estimator.n_graph_layers_,
+    )
+    holder = np.repeat(np.arange(len(distinct)), np.diff(offsets.numpy()))
+    is_positive = np.isin(place * len(table) + items, holder * len(table) + seen.numpy())
+    vectors, rows = graphs.pairs(
+        torch.from_numpy(place), table[torch.from_numpy(items)], torch.from_numpy(is_positive)
+    )
+    return vectors.numpy(), rows.numpy()
+
+
+def _seen_by(estimator: Any, users: NDArray[np.int64]) -> Positives:
+    """Items that users (n,) had in fit; -1 had none."""
+    known = users[users >= 0]
+    counts = np.zeros(len(users), dtype=np.int64)
+    counts[users >= 0] = np.diff(estimator.seen_indptr_)[known]
+    items = estimator.seen_indices_[concatenate_ranges(estimator.seen_indptr_, known)]
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(counts)])), torch.from_numpy(items)
+
+
 def _network_scores(
-    vectors: NDArray[np.float64], rows: NDArray[np.float32], head: ncf.Head
+    vectors: NDArray[np.float64], rows: NDArray[np.floating[Any]], head: Head
 ) -> NDArray[np.float64]:
     """Scores (n,) of the network; einsum, since a matrix product rounds as its shape has it."""
     width = vectors.shape[1]
@@ -387,16 +512,34 @@ def _table(estimator: Any) -> NDArray[np.float32]:
     return np.column_stack([estimator.item_factors_, estimator.item_bias_])
 
 
-def _head(estimator: Any) -> ncf.Head:
+def _head(estimator: Any) -> Head:
     # A copy: the array of a memory-mapped model is read-only, which torch does not know.
-    return ncf.head_of(torch.tensor(estimator.network_), estimator.user_factors_.shape[1])
+    return head_of(torch.tensor(estimator.network_), estimator.user_factors_.shape[1])
 
 
 def _vectors(estimator: Any, users: NDArray[np.int64]) -> NDArray[np.float32]:
     vectors: NDArray[np.float32] = estimator.user_factors_[users]
     if (users < 0).any():
-        vectors[users < 0] = estimator.user_factors_.mean(axis=0)
+        vectors[users < 0] = _crowd(estimator)
     return vectors
+
+
+def _crowd(estimator: Any) -> NDArray[np.float32]:
+    """Vector (d,) of somebody without interactions who is like the mean user."""
+    n_layers = estimator.n_graph_layers_
+    if not n_layers:
+        mean: NDArray[np.float32] = estimator.user_factors_.mean(axis=0)
+        return mean
+    # The mean user as the network sees users, which are mostly their items. Copies, see `_head`.
+    graphs = EgoGraphs.of(
+        torch.tensor(estimator.user_factors_),
+        torch.tensor(estimator.item_factors_),
+        *_seen_by(estimator, np.arange(len(estimator.user_factors_))),
+        n_layers=n_layers,
+    )
+    # Propagation shrinks a vector without neighbours by graphs.item.
+    vector: NDArray[np.float32] = (graphs.users.mean(dim=0) / graphs.item).numpy()
+    return vector
 
 
 def logistic(scores: NDArray[np.float64]) -> NDArray[np.float64]:

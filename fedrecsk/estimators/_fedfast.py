@@ -26,7 +26,8 @@ BCE_CONSTRAINTS: Constraints = {
     for name in FACTOR_CONSTRAINTS
     if name
     not in {
-        "objective", "model", "sampling", "l2_exponent", "unobserved_weight", "item_curvature"
+        "objective", "model", "n_graph_layers", "sampling", "l2_exponent", "unobserved_weight",
+        "item_curvature",
     }
 }  # fmt: skip
 
@@ -54,7 +55,7 @@ class FedFastRecommender(BaseRecommender):
         Rounds without a lower loss after which subordinates are no longer moved.
     local_epochs : int, default=5
     learning_rate : float or "auto", default="auto"
-    batch_size : int or None, default=64
+    batch_size : int, None or "auto", default="auto"
     n_negatives : int, default=4
     l2 : float or "auto", default="auto"
     init_scale : float or "auto", default="auto"
@@ -79,7 +80,7 @@ class FedFastRecommender(BaseRecommender):
     ----------
     user_factors_, item_factors_, item_bias_, network_, times_sampled_, history_, n_rounds_ :
         As in `FedFNNRecommender`.
-    item_evidence_, user_gram_, user_gram_weight_ :
+    n_graph_layers_, item_evidence_, user_gram_, user_gram_weight_ :
         As in `FedFNNRecommender`.
     user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
         As in `FedFNNRecommender`.
@@ -117,7 +118,7 @@ class FedFastRecommender(BaseRecommender):
         patience: int = 1000,
         local_epochs: int = 5,
         learning_rate: float | Literal["auto"] = "auto",
-        batch_size: int | None = 64,
+        batch_size: int | Literal["auto"] | None = "auto",
         n_negatives: int = 4,
         l2: float | Literal["auto"] = "auto",
         init_scale: float | Literal["auto"] = "auto",
@@ -189,6 +190,7 @@ class FedFastRecommender(BaseRecommender):
             optimizer=self.optimizer,
             item_weighting=self.item_weighting,
             item_bias=self.item_bias,
+            n_graph_layers=1,
             server_optimizer=self.server_optimizer,
             server_learning_rate=self.server_learning_rate,
             predictor="cluster",

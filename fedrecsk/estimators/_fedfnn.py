@@ -39,7 +39,10 @@ from fedrecsk.methods.fedfnn import (
     whole_data_step,
 )
 from fedrecsk.methods.meta_network import PredictorName
-from fedrecsk.models import ncf, whole_data
+from fedrecsk.models import whole_data
+from fedrecsk.models.head import Head, init_head
+
+ModelName = Literal["mf", "ncf", "lightgcn"]
 
 ServerOptimizerName = OptimizerName | Literal["auto", "newton"]
 
@@ -47,8 +50,10 @@ ServerOptimizerName = OptimizerName | Literal["auto", "newton"]
 AUTO_BCE_L2 = {"newton": 0.02, "plain": 0.01}
 AUTO_INIT_SCALE = {"whole-data": 0.01, "bce": 0.1}
 # By model, with objective="bce".
-AUTO_LEARNING_RATE = {"mf": 0.1, "ncf": 0.01}
-AUTO_OPTIMIZER: dict[str, OptimizerName] = {"mf": "sgd", "ncf": "adam"}
+AUTO_LEARNING_RATE = {"mf": 0.1, "ncf": 0.01, "lightgcn": 0.01}
+AUTO_OPTIMIZER: dict[str, OptimizerName] = {"mf": "sgd", "ncf": "adam", "lightgcn": "adam"}
+# A step of LightGCN propagates over all of a client's positives.
+AUTO_BATCH_SIZE = {"mf": 64, "ncf": 64, "lightgcn": None}
 # Descent steps of a refit with objective="bce".
 REFIT_STEPS = 20
 # Decay of the server's running averages in quasi-Newton steps.
@@ -56,7 +61,9 @@ STATISTICS_DECAY = 0.9
 
 FACTOR_CONSTRAINTS: Constraints = {
     **SHARED_CONSTRAINTS,
-    "model": [StrOptions({"mf", "ncf"})],
+    "model": [StrOptions({"mf", "ncf", "lightgcn"})],
+    "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"}), None],
+    "n_graph_layers": [Interval(Integral, 1, None, closed="left")],
     "sampling": [StrOptions({"uniform", "epoch", "stratified"})],
     "learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
     "objective": [StrOptions({"whole-data", "bce"})],
@@ -98,9 +105,10 @@ class FedFNNRecommender(BaseRecommender):
         Length of the user and item vectors.
     objective : {"whole-data", "bce"}, default="whole-data"
         Local objective.
-    model : {"mf", "ncf"}, default="mf"
-        Matrix factorisation, or neural collaborative filtering: a small network over a user and
-        an item vector, shared like the items (``objective="bce"`` only).
+    model : {"mf", "ncf", "lightgcn"}, default="mf"
+        Matrix factorisation, or with ``objective="bce"`` only: neural collaborative filtering, a
+        small network over a user and an item vector, shared like the items; LightGCN, such a
+        network after propagation over the graph of a user and its items.
     n_rounds : int, default=40
         Rounds of a fit.
     clients_per_round : int or float, default=0.2
@@ -112,9 +120,10 @@ class FedFNNRecommender(BaseRecommender):
     local_epochs : int, default=5
         Passes over a client's own examples in a round (``"bce"``).
     learning_rate : float or "auto", default="auto"
-        Of local training (``"bce"``): 0.1 for ``"mf"``, 0.01 for ``"ncf"``.
-    batch_size : int or None, default=64
-        Examples in a local step (``"bce"``); None takes all of a client's at once.
+        Of local training (``"bce"``): 0.1 for ``"mf"``, 0.01 for the networks.
+    batch_size : int, None or "auto", default="auto"
+        Examples in a local step (``"bce"``); None takes all of a client's at once, which
+        ``"lightgcn"`` needs. ``"auto"``: 64, None for ``"lightgcn"``.
     n_negatives : int, default=4
         Unseen items drawn per interaction, anew each round (``"bce"``).
     l2 : float or "auto", default="auto"
@@ -134,13 +143,15 @@ class FedFNNRecommender(BaseRecommender):
         Standard deviation of the random start; 0.01 for ``"whole-data"``, 0.1 for ``"bce"``.
     optimizer : {"auto", "sgd", "momentum", "adam"}, default="auto"
         Of local training (``"bce"``): ``"sgd"``, which has the fastest path, for ``"mf"``, and
-        ``"adam"`` for ``"ncf"``.
+        ``"adam"`` for the networks.
     item_weighting : {"count", "magnitude", "interactions", "fedavg"}, default="count"
         How the server weighs the changes of one item by several delegates (``"bce"``): equally,
         by the size of the change, by the client's number of interactions; ``"fedavg"`` divides
         by all delegates instead of by those who changed the item.
     item_bias : bool, default=True
         Whether items have an aggregated bias (``"bce"``).
+    n_graph_layers : int, default=1
+        Layers of propagation of ``"lightgcn"``.
     server_optimizer : {"auto", "newton", "sgd", "momentum", "adam"}, default="auto"
         What the server makes of the clients' changes (``"bce"``). ``"newton"`` fits every item's
         step to the curvature that its clients amount to; it needs ``model="mf"``, local
@@ -206,7 +217,9 @@ class FedFNNRecommender(BaseRecommender):
     times_sampled_ : ndarray of shape (n_users,)
         Rounds in which each user took part.
     network_ : ndarray of shape (n_weights,)
-        Weights of the network of ``model="ncf"``, layer by layer; empty otherwise.
+        Weights of the network of ``"ncf"`` or ``"lightgcn"``, layer by layer; empty for ``"mf"``.
+    n_graph_layers_ : int
+        0 for other models than ``"lightgcn"``.
     item_evidence_ : ndarray of shape (n_items, 2)
     user_gram_ : ndarray of shape (n_columns, n_columns)
     user_gram_weight_ : float
@@ -271,13 +284,13 @@ class FedFNNRecommender(BaseRecommender):
         n_factors: int = 32,
         *,
         objective: Literal["whole-data", "bce"] = "whole-data",
-        model: Literal["mf", "ncf"] = "mf",
+        model: ModelName = "mf",
         n_rounds: int = 40,
         clients_per_round: int | float = 0.2,
         sampling: SamplingName = "epoch",
         local_epochs: int = 5,
         learning_rate: float | Literal["auto"] = "auto",
-        batch_size: int | None = 64,
+        batch_size: int | Literal["auto"] | None = "auto",
         n_negatives: int = 4,
         l2: float | Literal["auto"] = "auto",
         l2_exponent: float = 0.75,
@@ -287,6 +300,7 @@ class FedFNNRecommender(BaseRecommender):
         optimizer: OptimizerName | Literal["auto"] = "auto",
         item_weighting: ItemWeighting = "count",
         item_bias: bool = True,
+        n_graph_layers: int = 1,
         server_optimizer: ServerOptimizerName = "auto",
         server_learning_rate: float | Literal["auto"] = "auto",
         predictor: PredictorName | None = "linear",
@@ -328,6 +342,7 @@ class FedFNNRecommender(BaseRecommender):
         self.optimizer = optimizer
         self.item_weighting = item_weighting
         self.item_bias = item_bias
+        self.n_graph_layers = n_graph_layers
         self.server_optimizer = server_optimizer
         self.server_learning_rate = server_learning_rate
         self.predictor = predictor
@@ -374,6 +389,7 @@ class FedFNNRecommender(BaseRecommender):
             optimizer=self.optimizer,
             item_weighting=self.item_weighting,
             item_bias=self.item_bias,
+            n_graph_layers=self.n_graph_layers,
             server_optimizer=self.server_optimizer,
             server_learning_rate=self.server_learning_rate,
             predictor=self.predictor,
@@ -419,6 +435,14 @@ def factor_probability(
     return logistic(scores if objective == "bce" else 4.0 * (scores - 0.5))
 
 
+def check_objective(model: ModelName, objective: Literal["whole-data", "bce"]) -> None:
+    """Refuse to solve a network exactly."""
+    if model != "mf" and objective == "whole-data":
+        raise ValueError(
+            f'model="{model}" needs objective="bce": only a linear model can be solved for.'
+        )
+
+
 def simulate_fedfnn(
     data: Interactions,
     watch: RoundWatch,
@@ -426,13 +450,13 @@ def simulate_fedfnn(
     previous: Attributes | None,
     n_factors: int,
     objective: Literal["whole-data", "bce"],
-    model: Literal["mf", "ncf"],
+    model: ModelName,
     n_rounds: int,
     clients_per_round: int | float,
     sampling: SamplingName,
     local_epochs: int,
     learning_rate: float | Literal["auto"],
-    batch_size: int | None,
+    batch_size: int | Literal["auto"] | None,
     n_negatives: int,
     l2: float | Literal["auto"],
     l2_exponent: float,
@@ -442,6 +466,7 @@ def simulate_fedfnn(
     optimizer: OptimizerName | Literal["auto"],
     item_weighting: ItemWeighting,
     item_bias: bool,
+    n_graph_layers: int,
     server_optimizer: ServerOptimizerName,
     server_learning_rate: float | Literal["auto"],
     predictor: PredictorName | None,
@@ -478,10 +503,9 @@ def simulate_fedfnn(
     dict
         Fitted attributes.
     """
-    if model == "ncf" and objective == "whole-data":
-        raise ValueError(
-            'model="ncf" needs objective="bce": only a linear model can be solved for.'
-        )
+    check_objective(model, objective)
+    layers = n_graph_layers if model == "lightgcn" else 0
+    examples_per_step = AUTO_BATCH_SIZE[model] if batch_size == "auto" else batch_size
     streams = Streams.from_random_state(random_state)
     sizes = len(data), data.n_users, data.n_items
     scale = AUTO_INIT_SCALE[objective] if init_scale == "auto" else float(init_scale)
@@ -513,9 +537,9 @@ def simulate_fedfnn(
         penalty_strength = whole_data.default_l2(*sizes)
     else:
         penalty_strength = AUTO_BCE_L2["newton" if server is None else "plain"]
-    head: ncf.Head = {}
-    if model == "ncf":
-        head = ncf.init_head(n_factors, streams=streams, device=shards.device)
+    head: Head = {}
+    if model != "mf":
+        head = init_head(n_factors, streams=streams, device=shards.device)
 
     if objective == "bce":
         forgetting = None
@@ -533,8 +557,9 @@ def simulate_fedfnn(
                 streams=streams,
                 item_weighting=item_weighting,
                 item_bias=bias,
+                n_graph_layers=layers,
                 n_negatives=n_negatives,
-                batch_size=batch_size,
+                batch_size=examples_per_step,
                 local_epochs=local_epochs,
                 optimizer=local,
                 l2=penalty_strength,
@@ -549,6 +574,7 @@ def simulate_fedfnn(
                 shards,
                 clients,
                 item_bias=bias,
+                n_graph_layers=layers,
                 n_negatives=n_negatives,
                 n_steps=REFIT_STEPS,
                 l2=penalty_strength,
@@ -597,7 +623,9 @@ def simulate_fedfnn(
             return trained, logs
         monitored = logs["loss"]
         if patience_on == "ndcg" and validation is not None:
-            monitored = -validation.ndcg(served_factors(trained), trained)
+            monitored = -validation.ndcg(
+                served_factors(trained), trained.item_table, trained.head, layers
+            )
         predicted, more = prediction_step(
             state,
             trained,
@@ -629,6 +657,7 @@ def simulate_fedfnn(
             init_scale=scale,
             server_optimizer=server,
             head=head,
+            n_graph_layers=layers,
             n_rounds=n_rounds,
             validation=validation if early_stopping else None,
             shards=shards,

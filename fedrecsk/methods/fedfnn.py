@@ -50,6 +50,7 @@ from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
 from fedrecsk.methods.meta_network import PredictorName, cluster_labels, predict_updates
 from fedrecsk.models import bce_newton, ncf, sampled_bce, whole_data
+from fedrecsk.models.head import Head
 
 ItemWeighting = Literal["count", "magnitude", "interactions", "fedavg"]
 SamplingName = Literal["uniform", "epoch", "stratified"]
@@ -93,7 +94,7 @@ class FactorState:
     item_table : Tensor of shape (n_items, d) or (n_items, d + 1)
         With the item bias as the last column where there is one.
     head : dict of Tensor
-        What else the clients share, see `fedrecsk.models.ncf`; empty for matrix factorisation.
+        What else the clients share, see `fedrecsk.models.head`; empty for matrix factorisation.
     times_sampled : Tensor of shape (n_users,)
         Rounds in which each user took part.
     turns : ndarray of shape (n_clients,)
@@ -110,7 +111,7 @@ class FactorState:
     user_factors: Tensor
     served: Tensor | None
     item_table: Tensor
-    head: ncf.Head
+    head: Head
     times_sampled: Tensor
     turns: NDArray[np.int64]
     moments: Moments
@@ -127,7 +128,7 @@ class FactorState:
         server_optimizer: Optimizer | None,
         *,
         n_clients: int,
-        head: ncf.Head | None = None,
+        head: Head | None = None,
         first_round: int = 0,
     ) -> FactorState:
         """Return the state before the first round for given arrays."""
@@ -149,31 +150,6 @@ class FactorState:
             watch=PredictionWatch(),
             first_round=first_round,
         )
-
-
-def random_factors(
-    n_users: int,
-    n_items: int,
-    n_factors: int,
-    *,
-    item_bias: bool,
-    init_scale: float,
-    streams: Streams,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Draw the start: normal vectors of standard deviation `init_scale`, bias zero.
-
-    Returns
-    -------
-    user_factors : Tensor of shape (n_users, n_factors)
-    item_table : Tensor of shape (n_items, n_factors + item_bias)
-    """
-    users = torch.randn(n_users, n_factors, generator=streams.torch("user_factors"))
-    items = torch.randn(n_items, n_factors, generator=streams.torch("item_factors"))
-    table = init_scale * items
-    if item_bias:
-        table = torch.cat([table, torch.zeros(n_items, 1)], dim=1)
-    return (init_scale * users).to(device), table.to(device)
 
 
 def draw_delegates(
@@ -236,6 +212,7 @@ def bce_step(
     local_epochs: int,
     optimizer: Optimizer,
     l2: float,
+    n_graph_layers: int = 0,
     server_optimizer: Optimizer | None,
     forgetting: float | None = None,
     decay: float = 0.9,
@@ -257,6 +234,8 @@ def bce_step(
         change, or the client's interactions. ``"fedavg"``: weights n_k / n_S over all delegates.
     item_bias, n_negatives, batch_size, local_epochs, optimizer, l2
         See `fedrecsk.models.sampled_bce.train`.
+    n_graph_layers : int
+        Of a network, see `fedrecsk.models.ncf.train`.
     server_optimizer : Optimizer or None
         Takes the aggregated change as a negative gradient; plain SGD at rate 1 adds it. None
         makes the quasi-Newton step of `fedrecsk.models.bce_newton` instead, for clients with
@@ -290,6 +269,7 @@ def bce_step(
             local_epochs=local_epochs,
             optimizer=optimizer,
             l2=l2,
+            n_graph_layers=n_graph_layers,
             key=key,
         )
         weight = _row_weights(result, item_weighting, cohort, client_rows, total_rows)
@@ -373,16 +353,17 @@ def _train(
     local_epochs: int,
     optimizer: Optimizer,
     l2: float,
+    n_graph_layers: int,
     key: int,
-) -> tuple[sampled_bce.LocalResult, ncf.Head]:
+) -> tuple[sampled_bce.LocalResult, Head]:
     """Train a chunk of clients with the model that the state holds."""
     users = state.user_factors[cohort.users]
     if state.head:
-        return ncf.train(
+        result, heads = ncf.train(
             cohort,
             users,
             state.item_table,
-            state.head,
+            [state.head],
             item_bias=item_bias,
             n_negatives=n_negatives,
             batch_size=batch_size,
@@ -390,7 +371,9 @@ def _train(
             optimizer=optimizer,
             l2=l2,
             key=key,
+            n_graph_layers=n_graph_layers,
         )
+        return result, heads[0]
     result = sampled_bce.train(
         cohort,
         users,
@@ -406,14 +389,14 @@ def _train(
     return result, {}
 
 
-def _lifted(head: ncf.Head) -> Params:
+def _lifted(head: Head) -> Params:
     """Give every tensor the leading axis of one client that optimisers expect."""
     return {name: value[None] for name, value in head.items()}
 
 
 def _moved_head(
-    state: FactorState, change: ncf.Head, server_optimizer: Optimizer | None
-) -> tuple[ncf.Head, Moments | None]:
+    state: FactorState, change: Head, server_optimizer: Optimizer | None
+) -> tuple[Head, Moments | None]:
     """Step the shared head by the mean change of the delegates, weighted by interactions."""
     if state.head_moments is None or server_optimizer is None:
         return state.head, state.head_moments
@@ -692,6 +675,7 @@ def refit_bce(
     n_steps: int,
     l2: float,
     streams: Streams,
+    n_graph_layers: int = 0,
 ) -> Tensor:
     """Return user vectors (n_users, d) with those of `clients` fitted to the final table."""
     users = served_factors(state).clone()
@@ -708,6 +692,7 @@ def refit_bce(
                 n_steps=n_steps,
                 l2=l2,
                 key=key,
+                n_graph_layers=n_graph_layers,
             )
             continue
         users[cohort.users] = sampled_bce.refit_users(

@@ -3,7 +3,7 @@
     logit(u, i) = MLP([u ; v_i])  (+ b_i with an item bias),   MLP: 2d -> 8 -> 8 -> 1 with ReLU.
 
 A client's private copy of the model is its users' vectors, one row for each distinct item among
-its examples, and its own head, the MLP. For the examples (u, i, y) of a mini-batch,
+its examples, and its own head, the MLP (`head`). For the examples (u, i, y) of a mini-batch,
 
     loss = mean over the batch of  log(1 + exp(s)) - y s  +  l2/2 (|u|^2 + |v_i|^2)
 
@@ -13,14 +13,17 @@ head, and a sum would make its steps grow with the batch. The head is not penali
 are those of `sampled_bce.draw_examples`. An item bias is the last column of the item table, as
 there, and v_i in the penalty includes it.
 
+Three things may be added. Several heads of ascending widths N_1 < ... < N_m = d: the loss is the
+sum of log(1 + exp(s_j)) - y s_j over the heads, s_j from the first N_j columns of u and v_i, and
+the penalty once. Graph layers: the MLP reads u and v_i after propagation over the user's ego graph
+(`ego_graph`), through which gradients flow back. A pull: the frozen gradient of a regulariser of
+the whole table, (v - mean) @ matrix, moves every row of a mini-batch once a step.
+
 Two paths compute the same training. `_train_fused` serves one user a client. A private row is then
 in exactly one mini-batch, so its gradient is zero but for one step of each epoch, and all moves
-that momentum or Adam make of it until the next one are known at once (`_drift`). A local step is a
-few batched products over rows that lie side by side, and no other row is read or written.
+that momentum or Adam make of it until the next one are known at once (`private_rows`). A local
+step is a few batched products over rows that lie side by side, and no other row is read or written.
 `_train_pooled` serves any number of users a client, and gathers.
-
-A head is a dict of ``weight_0, bias_0, weight_1, ...`` with weights (in, out); those of trained
-clients carry a leading client axis.
 
 Xiangnan He, Lizi Liao, Hanwang Zhang, Liqiang Nie, Xia Hu and Tat-Seng Chua (2017), "Neural
 Collaborative Filtering", WWW. Here without its product branch, as federated recommenders use it.
@@ -28,118 +31,67 @@ Collaborative Filtering", WWW. Here without its product branch, as federated rec
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
 from fedrecsk.engine.local import Optimizer, apply_gradients, init_moments
 from fedrecsk.engine.shards import Cohort
-from fedrecsk.engine.streams import Streams
+from fedrecsk.models.ego_graph import (
+    EgoGraphs,
+    Propagation,
+    StarsInList,
+    StarsInRows,
+    neighbourhoods,
+)
+from fedrecsk.models.head import (
+    Head,
+    Joint,
+    backward,
+    flat_head,
+    forward,
+    gradients,
+    head_layers,
+    head_width,
+    item_part,
+    stacked_heads,
+    user_part,
+)
+from fedrecsk.models.private_rows import Own, PrivateRows, drifts_smoothly
 from fedrecsk.models.sampled_bce import (
     LocalExamples,
     LocalResult,
     _DenseUpdate,
-    _side_by_side,
     _SparseSgd,
     draw_examples,
 )
 
-Head = dict[str, Tensor]
-
 # (user, item) pairs whose hidden units are held at a time when all items are scored.
 SCORE_PAIRS = 65_536
-# A decay below this is over.
-NEGLIGIBLE = 1e-12
 # Of refit_users: large, since the best step is kept.
 REFIT_RATE = 0.05
 
 
-def init_head(
-    n_factors: int,
-    *,
-    hidden: Sequence[int] = (8, 8),
-    streams: Streams,
-    device: torch.device | None = None,
-) -> Head:
-    """Draw the server's first head.
-
-    Weights are uniform in ±sqrt(6 / inputs), which keeps the scale of signals through ReLU;
-    biases are zero.
-
-    Parameters
-    ----------
-    n_factors : int
-        Of a user vector, d.
-    hidden : sequence of int, default=(8, 8)
-        Units of each hidden layer.
-    streams : Streams
-        The stream ``"ncf_head"`` is used.
-    device : torch.device, optional
-        Default: CPU. The numbers are the same on every device.
-
-    Returns
-    -------
-    dict of Tensor
-        ``weight_k`` of shape (inputs, outputs) and ``bias_k`` of shape (outputs,), k = 0, 1, ...
-
-    Examples
-    --------
-    >>> from fedrecsk.engine.streams import Streams
-    >>> from fedrecsk.models.ncf import init_head
-    >>> {name: tuple(value.shape) for name, value in init_head(16, streams=Streams(0)).items()}
-    {'weight_0': (32, 8), 'bias_0': (8,), 'weight_1': (8, 8), 'bias_1': (8,),
-     'weight_2': (8, 1), 'bias_2': (1,)}
-    """
-    generator = streams.torch("ncf_head")
-    head: Head = {}
-    for number, (inputs, outputs) in enumerate(pairwise([2 * n_factors, *hidden, 1])):
-        uniform = 2.0 * torch.rand(inputs, outputs, generator=generator) - 1.0
-        head[f"weight_{number}"] = (math.sqrt(6.0 / inputs) * uniform).to(device)
-        head[f"bias_{number}"] = torch.zeros(outputs, device=device)
-    return head
-
-
-def flat_head(head: Mapping[str, Tensor]) -> Tensor:
-    """Put a head's weights into one vector (P,); `head_of` takes them out again."""
-    parts = [part.reshape(-1) for layer in _layers(head) for part in layer]
-    return torch.cat(parts) if parts else torch.zeros(0)
-
-
-def head_of(flat: Tensor, n_factors: int, hidden: Sequence[int] = (8, 8)) -> Head:
-    """Take a head out of the vector of its weights; the empty head out of an empty one.
-
-    Examples
-    --------
-    >>> from fedrecsk.engine.streams import Streams
-    >>> from fedrecsk.models.ncf import flat_head, head_of, init_head
-    >>> head = init_head(4, streams=Streams(0))
-    >>> again = head_of(flat_head(head), 4)
-    >>> all(bool((again[name] == head[name]).all()) for name in head)
-    True
-    """
-    if not len(flat):
-        return {}
-    like: Head = {}
-    for number, (inputs, outputs) in enumerate(pairwise([2 * n_factors, *hidden, 1])):
-        like[f"weight_{number}"] = flat.new_empty(inputs, outputs)
-        like[f"bias_{number}"] = flat.new_empty(outputs)
-    return {name: value[0] for name, value in _stacked(flat[None], like).items()}
-
-
 def score_items(
-    user_vectors: Tensor, item_table: Tensor, head: Mapping[str, Tensor], *, item_bias: bool
+    user_vectors: Tensor,
+    item_table: Tensor,
+    head: Mapping[str, Tensor],
+    *,
+    item_bias: bool,
+    n_graph_layers: int = 0,
+    positives: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Score every item for every user.
 
     The first layer is linear in user and item, so each part is computed once; only the hidden
     units of a bounded number of pairs exist at a time.
+
+    A head that is narrower than the model scores the columns that it reads: pass these of the
+    vectors and of the table, with the column of the item bias.
 
     Parameters
     ----------
@@ -149,6 +101,11 @@ def score_items(
     head : mapping of name to Tensor
         One head, without client axis.
     item_bias : bool
+    n_graph_layers : int, default=0
+        K, of the propagation over the users' ego graphs.
+    positives : tuple of two Tensors of int64, optional
+        The items of the ego graphs, with `n_graph_layers`: where each user's start, (n + 1,), and
+        the items of all users one after another, (nnz,), without repetition within a user.
 
     Returns
     -------
@@ -165,27 +122,50 @@ def score_items(
     tensor([[ 3.5000,  5.5000,  7.5000],
             [12.5000, 14.5000, 16.5000]])
     """
-    layers = _layers(head)
-    width = user_vectors.shape[1]
-    from_users = _user_part(user_vectors, layers)
-    from_items = _item_part(item_table, layers, width)
-    scores = from_users.new_empty(len(user_vectors), len(item_table))
+    layers, width = head_layers(head), user_vectors.shape[1]
+    of_items = item_part(item_table, layers, width)
+    graphs = None
+    if n_graph_layers:
+        if positives is None:
+            raise ValueError("Scores over graph layers need positives=(indptr, indices).")
+        graphs = EgoGraphs.of(user_vectors, item_table, *positives, n_layers=n_graph_layers)
+        user_vectors, of_items = graphs.users, graphs.item * of_items
+        gains = item_part(graphs.gains, layers, width)
+    of_users = user_part(user_vectors, layers)
+    scores = of_users.new_empty(len(user_vectors), len(item_table))
     items_at_once = max(1, min(len(item_table), SCORE_PAIRS))
     users_at_once = max(1, SCORE_PAIRS // items_at_once)
     for i in range(0, len(user_vectors), users_at_once):
-        users = from_users[i : i + users_at_once, None]
+        users = of_users[i : i + users_at_once, None]
         for j in range(0, len(item_table), items_at_once):
-            logit = _forward(users + from_items[j : j + items_at_once], layers)[1]
-            scores[i : i + users_at_once, j : j + items_at_once] = logit
+            first = users + of_items[j : j + items_at_once]
+            if graphs is not None and positives is not None:
+                user, item = _pairs_within(positives, i, j, first.shape[:2])
+                first[user, item] += gains[i + user]
+            scores[i : i + users_at_once, j : j + items_at_once] = forward(first, layers)[1][..., 0]
     if item_bias:
         scores += item_table[:, width]
     return scores
+
+
+def _pairs_within(
+    positives: tuple[Tensor, Tensor], i: int, j: int, shape: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the positives in a rectangle of users from i and items from j, counted from there."""
+    indptr, indices = positives
+    ends = indptr[i : i + shape[0] + 1]
+    item = indices[int(ends[0]) : int(ends[-1])] - j
+    user = torch.arange(shape[0], device=item.device).repeat_interleave(ends.diff())
+    inside = (item >= 0) & (item < shape[1])
+    return user[inside], item[inside]
 
 
 def score_pairs(
     user_vectors: Tensor, item_rows: Tensor, head: Mapping[str, Tensor], *, item_bias: bool
 ) -> Tensor:
     """Score one item for each user.
+
+    With graph layers, pass what `EgoGraphs.pairs` makes of users and rows.
 
     Parameters
     ----------
@@ -209,10 +189,9 @@ def score_pairs(
     >>> score_pairs(users, rows, head, item_bias=True)
     tensor([103.5000, 214.5000])
     """
-    layers = _layers(head)
-    width = user_vectors.shape[1]
-    first = _user_part(user_vectors, layers) + _item_part(item_rows, layers, width)
-    logit = _forward(first, layers)[1]
+    layers, width = head_layers(head), user_vectors.shape[1]
+    first = user_part(user_vectors, layers) + item_part(item_rows, layers, width)
+    logit = forward(first, layers)[1][..., 0]
     return logit + item_rows[:, width] if item_bias else logit
 
 
@@ -220,7 +199,7 @@ def train(
     cohort: Cohort,
     user_vectors: Tensor,
     item_table: Tensor,
-    head: Mapping[str, Tensor],
+    heads: Sequence[Mapping[str, Tensor]],
     *,
     item_bias: bool,
     n_negatives: int,
@@ -229,8 +208,10 @@ def train(
     optimizer: Optimizer,
     l2: float,
     key: int,
-) -> tuple[LocalResult, Head]:
-    """Train all clients of a cohort on their own examples, from the server's table and head.
+    n_graph_layers: int = 0,
+    pull: tuple[Tensor, Tensor] | None = None,
+) -> tuple[LocalResult, list[Head]]:
+    """Train all clients of a cohort on their own examples, from the server's table and heads.
 
     Parameters
     ----------
@@ -241,9 +222,11 @@ def train(
         The users' vectors before training.
     item_table : Tensor of shape (n_items, d) or (n_items, d + 1)
         With the item bias as the last column if `item_bias`.
-    head : mapping of name to Tensor
-        The server's head, without client axis, see `init_head`.
+    heads : sequence of mappings of name to Tensor
+        The server's heads, without client axis, see `init_head`. Their widths ascend, the last one
+        is d, and all have as many layers.
     item_bias : bool
+        In the logit of every head.
     n_negatives : int
         Negatives per positive, drawn anew each round.
     batch_size : int or None
@@ -255,149 +238,104 @@ def train(
         Penalty per example, see the module's head.
     key : int
         Of the round.
+    n_graph_layers : int, default=0
+        K, of the propagation over each user's ego graph. From 1 on it needs ``batch_size=None``.
+    pull : tuple of Tensors of shapes (d,) and (d, d), optional
+        A mean and a matrix: the d factors v of every private row in a mini-batch get the additional
+        gradient ``(v - mean) @ matrix``, once a step.
 
     Returns
     -------
     result : LocalResult
-    heads : dict of Tensor of shape (C, ...)
-        Each client's own head after training.
+        Its losses are those of the last head.
+    heads : list of dicts of Tensors of shape (C, ...)
+        Each client's own heads after training.
+
+    Raises
+    ------
+    ValueError
+        If the heads do not fit the vectors or each other, or if graph layers meet mini-batches.
     """
+    _check_heads(heads, user_vectors.shape[1])
+    if n_graph_layers and batch_size is not None:
+        raise ValueError(
+            f"n_graph_layers={n_graph_layers} needs batch_size=None, found {batch_size}: a step "
+            "propagates over all of a client's positives."
+        )
     examples = draw_examples(
         cohort, len(item_table), n_negatives=n_negatives, batch_size=batch_size, key=key
     )
     fits = cohort.single_user and bool((np.diff(cohort.counts) >= 0).all())
-    path = _train_fused if fits and _drifts_smoothly(optimizer) else _train_pooled
+    path = _train_fused if fits and drifts_smoothly(optimizer) else _train_pooled
     return path(
         cohort,
         examples,
         user_vectors,
         item_table,
-        head,
+        heads,
         item_bias=item_bias,
         local_epochs=local_epochs,
         optimizer=optimizer,
         l2=l2,
+        graph=Propagation.of(n_graph_layers) if n_graph_layers else None,
+        pull=None if pull is None else _Pull.of(*pull, item_table.shape[1]),
     )
 
 
-# The network, for one head or a stack of them ---------------------------------------------------
-
-Layers = list[tuple[Tensor, Tensor]]
-
-
-def _layers(head: Mapping[str, Tensor]) -> Layers:
-    """Return the weights (..., in, out) and biases (..., out) in order."""
-    return [(head[f"weight_{k}"], head[f"bias_{k}"]) for k in range(len(head) // 2)]
-
-
-def _product(values: Tensor, weight: Tensor) -> Tensor:
-    """Multiply by the weights of one head (in, out), or of each client's own (c, in, out)."""
-    # A client's batches are small, and `matmul` spends as long on looking as on multiplying.
-    return torch.bmm(values, weight) if weight.dim() == 3 else values @ weight
+def _check_heads(heads: Sequence[Mapping[str, Tensor]], n_factors: int) -> None:
+    """Refuse heads that are not nested in user vectors of `n_factors`."""
+    widths = [head_width(head) for head in heads]
+    if not widths or widths != sorted(set(widths)) or widths[-1] != n_factors:
+        raise ValueError(
+            f"The widths of heads must ascend up to the {n_factors} columns of the user vectors, "
+            f"found {widths}."
+        )
+    if len({len(head) for head in heads}) > 1:
+        raise ValueError("All heads must have the same number of layers.")
 
 
-def _user_part(user: Tensor, layers: Layers) -> Tensor:
-    """Return what users (..., n, d) bring into the first layer, with its bias: (..., n, h)."""
-    weight, bias = layers[0]
-    return _product(user, weight[..., : user.shape[-1], :]) + bias[..., None, :]
+# Terms of the loss beside the network's ---------------------------------------------------------
 
 
-def _item_part(item: Tensor, layers: Layers, width: int) -> Tensor:
-    """Return what items (..., n, d or d + 1) bring into the first layer: (..., n, h)."""
-    return _product(item[..., :width], layers[0][0][..., width:, :])
-
-
-def _forward(first: Tensor, layers: Layers) -> tuple[list[Tensor], Tensor]:
-    """Return all hidden units (..., n, h) and the logits (..., n) from the first layer's sums.
-
-    `first` is overwritten.
-    """
-    hidden, sums = [], first
-    for weight, bias in layers[1:]:
-        hidden.append(sums.relu_())
-        sums = _product(hidden[-1], weight)
-        sums += bias[..., None, :]
-    return hidden, sums[..., 0]
-
-
-def _backward(error: Tensor, hidden: list[Tensor], layers: Layers) -> list[Tensor]:
-    """Return the loss's gradient by each layer's sums (..., n, h), given that by the logits."""
-    sums = [error[..., None]]
-    for (weight, _), units in zip(reversed(layers[1:]), reversed(hidden), strict=True):
-        # ReLU's slope, 0 or 1, is the sign of what it gave.
-        sums.append(_product(sums[-1], weight.mT).mul_(units.sign()))
-    return sums[::-1]
+def _penalise(
+    l2: float,
+    user_grad: Tensor,
+    user: Tensor,
+    share: Tensor,
+    item_grad: Tensor,
+    item: Tensor,
+    weight: Tensor,
+) -> None:
+    """Add the penalty's gradients, of users that count by `share` and items by `weight`."""
+    if l2:
+        user_grad += l2 * share * user
+        item_grad.addcmul_(item, weight, value=l2)
 
 
 @dataclass(frozen=True, eq=False)
-class _Gradients:
-    """Gradients of all clients' losses in one mini-batch.
+class _Pull:
+    """The gradient ``v @ matrix + offset`` of every private row v; zero for an item bias.
 
     Attributes
     ----------
-    user : Tensor of shape (c, n, d), or (c, 1, d) for one user a client
-    item : Tensor of shape (c, n, d or d + 1)
-    head : Tensor of shape (c, P)
-        Laid out as `flat_head`.
-    logit : Tensor of shape (c, n)
+    offset : Tensor of shape (width,)
+    matrix : Tensor of shape (width, width)
     """
 
-    user: Tensor
-    item: Tensor
-    head: Tensor
-    logit: Tensor
+    offset: Tensor
+    matrix: Tensor
 
+    @classmethod
+    def of(cls, mean: Tensor, matrix: Tensor, width: int) -> _Pull:
+        """Write out ``(v - mean) @ matrix`` for rows of a given width."""
+        rest = width - len(mean)
+        return cls(pad(-(mean @ matrix), (0, rest)), pad(matrix, (0, rest, 0, rest)))
 
-def _gradients(
-    user: Tensor,
-    item: Tensor,
-    heads: Mapping[str, Tensor],
-    label: Tensor,
-    weight: Tensor,
-    *,
-    item_bias: bool,
-    l2: float,
-    out: Tensor | None = None,
-) -> _Gradients:
-    """Differentiate the clients' losses on examples (c, n) that count by `weight`.
-
-    user: (c, n, d), or (c, 1, d) where a client's examples share their user; item: (c, n, d or
-    d + 1); label and weight broadcast to (c, n). The items' gradient goes to `out`.
-    """
-    layers, width, shared = _layers(heads), user.shape[2], user.shape[1] == 1
-    hidden, logit = _forward(_item_part(item, layers, width) + _user_part(user, layers), layers)
-    if item_bias:
-        logit = logit + item[:, :, width]
-    error = (torch.sigmoid(logit) - label).mul_(weight)
-    sums = _backward(error, hidden, layers)
-
-    by_user = sums[0].sum(1, keepdim=True) if shared else sums[0]
-    first = layers[0][0]
-    user_grad = torch.bmm(by_user, first[:, :width].mT)
-    # An item bias does not enter the first layer: a row of zeros for it leaves items in one piece.
-    by_items = pad(first[:, width:], (0, 0, 0, item.shape[2] - width))
-    item_grad = torch.bmm(sums[0], by_items.mT, out=torch.empty_like(item) if out is None else out)
-    if item_bias:
-        item_grad[:, :, width] = error
-    if l2:
-        share = weight.sum(1, keepdim=True) if shared else weight
-        user_grad += l2 * share[:, :, None] * user
-        item_grad.addcmul_(item, weight[:, :, None], value=l2)
-    # The products are this way round, and transposed after, because it is twice as fast.
-    first_grad = [torch.bmm(by_user.mT, user), torch.bmm(sums[0].mT, item[:, :, :width])]
-    parts = [torch.cat(first_grad, dim=2).mT, sums[0].sum(1)]
-    for units, by_sums in zip(hidden, sums[1:], strict=True):
-        parts += [torch.bmm(units.mT, by_sums), by_sums.sum(1)]
-    return _Gradients(user_grad, item_grad, torch.cat([p.flatten(1) for p in parts], 1), logit)
-
-
-def _stacked(flat: Tensor, head: Mapping[str, Tensor]) -> Head:
-    """View clients' flat heads (C, P) as heads (C, ...) of the shapes of `head`."""
-    names = [f"{kind}_{k}" for k in range(len(head) // 2) for kind in ("weight", "bias")]
-    parts = torch.split(flat, [head[name].numel() for name in names], dim=1)
-    return {
-        name: part.reshape(-1, *head[name].shape) for name, part in zip(names, parts, strict=True)
-    }
+    def add(self, grad: Tensor, rows: Tensor, share: Tensor, work: Tensor) -> None:
+        """Add it to the gradients (..., width) of rows, by a share (..., 1)."""
+        flat = work.view(-1, work.shape[-1])
+        torch.addmm(self.offset, rows.view(flat.shape), self.matrix, out=flat)
+        grad.addcmul_(work, share)
 
 
 # One user a client ------------------------------------------------------------------------------
@@ -408,55 +346,69 @@ def _train_fused(
     examples: LocalExamples,
     user_vectors: Tensor,
     item_table: Tensor,
-    head: Mapping[str, Tensor],
+    heads: Sequence[Mapping[str, Tensor]],
     *,
     item_bias: bool,
     local_epochs: int,
     optimizer: Optimizer,
     l2: float,
-) -> tuple[LocalResult, Head]:
+    graph: Propagation | None = None,
+    pull: _Pull | None = None,
+) -> tuple[LocalResult, list[Head]]:
     """One user a client: batched products over contiguous private rows, each read once an epoch."""
     width, fan = user_vectors.shape[1], examples.items.shape[1]
-    rows = _PrivateRows.of(cohort, examples, item_table, local_epochs, optimizer)
-    parts = rows.parts
+    rows = PrivateRows.of(cohort, examples, item_table, local_epochs, optimizer)
     label = item_table.new_zeros(examples.per_batch, fan)
     label[:, 0] = 1.0
     label = label.reshape(-1)
-    # All that moves at every step of a client, side by side: its user's vector and its head.
-    own = torch.cat([user_vectors, flat_head(head).expand(cohort.n_users, -1)], dim=1)
-    moments = init_moments({"own": own}, optimizer)
-    # Updated in place, so that the parts' views of it last.
-    views = [(own[p.first :, None, :width], _stacked(own[p.first :, width:], head)) for p in parts]
-    own_grad = torch.zeros_like(own)
-    number = torch.arange(cohort.n_users, device=own.device)
-    losses = own.new_zeros(cohort.n_users)
+    # All that moves at every step of a client, side by side: its user's vector and its heads.
+    flat = torch.cat([flat_head(head) for head in heads])
+    own = Own(torch.cat([user_vectors, flat.expand(cohort.n_users, -1)], dim=1), optimizer)
+    users = own.values[:, None, :width]
+    network, into = (Joint.of(held[:, width:], heads) for held in (own.values, own.grad))
+    # Views, which last since all is updated in place.
+    views = [
+        (
+            part,
+            users[part.first :],
+            network.last(part.first),
+            into.last(part.first),
+            None if graph is None else StarsInRows.of(part.mask, fan, graph),
+        )
+        for part in rows.parts
+    ]
+    losses = users.new_zeros(cohort.n_users)
     for epoch in range(local_epochs):
-        for part, (users, heads) in zip(parts, views, strict=True):
+        for part, user, theirs, their_grad, stars in views:
             target = label[: part.mask.shape[1]]
-            found = _gradients(
-                users,
+            theirs.load()
+            found = gradients(
+                user,
                 part.block,
-                heads,
+                theirs.layers,
                 target,
                 part.weight,
                 item_bias=item_bias,
-                l2=l2,
+                into=their_grad.layers,
                 out=part.scratch[0],
+                stars=stars,
             )
+            their_grad.store()
             if epoch == 0:
                 loss = softplus(found.logit) - target * found.logit
                 losses[part.first :] += (loss * part.mask).sum(1)
+            weight = part.weight[:, :, None]
+            share = weight.sum(1, keepdim=True)
+            _penalise(l2, found.user, user, share, found.item, part.block, weight)
+            if pull is not None:
+                pull.add(found.item, part.block, part.mask[:, :, None], part.scratch[1])
             part.move(found.item, epoch)
-            own_grad[part.first :, :width] = found.user[:, 0]
-            own_grad[part.first :, width:] = found.head
-            moved, moments = apply_gradients(
-                {"own": own}, {"own": own_grad}, moments, number >= part.first, optimizer
-            )
-            own.copy_(moved["own"])
+            own.grad[part.first :, :width] = found.user[:, 0]
+            own.move(part.first)
     n_examples = losses.new_zeros(cohort.n_users)
     n_examples.index_add_(0, cohort.row_user, examples.valid.sum(1).to(losses.dtype))
     result = LocalResult(
-        user_vectors=own[:, :width],
+        user_vectors=own.values[:, :width],
         row_items=rows.items,
         row_clients=rows.clients,
         row_values=rows.values,
@@ -465,230 +417,7 @@ def _train_fused(
         n_examples=n_examples,
         item_table=item_table,
     )
-    return result, _stacked(own[:, width:], head)
-
-
-@dataclass(frozen=True, eq=False)
-class _PrivateRows:
-    """The private rows of a cohort, by mini-batch and then by client.
-
-    Attributes
-    ----------
-    items, clients : Tensor of shape (K,), int64
-    valid : Tensor of shape (K,), bool
-        False for padding.
-    values : Tensor of shape (K, d or d + 1)
-    parts : list of _Part
-        One for each number of mini-batch; their blocks are views of `values`.
-    """
-
-    items: Tensor
-    clients: Tensor
-    valid: Tensor
-    values: Tensor
-    parts: list[_Part]
-
-    @classmethod
-    def of(
-        cls,
-        cohort: Cohort,
-        examples: LocalExamples,
-        item_table: Tensor,
-        local_epochs: int,
-        optimizer: Optimizer,
-    ) -> _PrivateRows:
-        """Copy the clients' rows of the server's table."""
-        fan = examples.items.shape[1]
-        spans, place = _side_by_side(cohort, examples)
-        n_places = spans[-1].stop if spans else 0
-        items = examples.items.new_zeros(n_places, fan)
-        items[place] = examples.items
-        valid = examples.valid.new_zeros(n_places, fan)
-        valid[place] = examples.valid
-        clients = place.new_zeros(n_places)
-        clients[place] = cohort.row_user
-        values = item_table.index_select(0, items.reshape(-1))
-        mask = valid.reshape(-1).to(values.dtype)
-        widest = max((span.stop - span.start for span in spans), default=0)
-        scratch = values.new_empty(2, widest * fan, values.shape[1])
-        n_steps = -(-cohort.counts // examples.per_batch)  # of each client in an epoch
-        parts = []
-        for number, span in enumerate(spans):
-            own = slice(span.start * fan, span.stop * fan)
-            block = values[own].reshape(-1, span.longest * fan, values.shape[1])
-            inside = mask[own].reshape(block.shape[:2])
-            steps = _Steps(number, n_steps[span.first :], local_epochs)
-            work = scratch[:, : inside.numel()].reshape(2, *block.shape)
-            parts.append(_Part.of(span.first, block, inside, work, steps, optimizer))
-        return cls(
-            items=items.reshape(-1),
-            clients=clients.repeat_interleave(fan),
-            valid=valid.reshape(-1),
-            values=values,
-            parts=parts,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Steps:
-    """When a mini-batch comes: it is `number` of the `per_epoch` (c,) steps of its clients."""
-
-    number: int
-    per_epoch: NDArray[np.int64]
-    local_epochs: int
-
-    def made(self) -> NDArray[np.int64]:
-        """Count the steps (local_epochs, c) of a client up to that of the mini-batch."""
-        return self.number + 1 + self.per_epoch * np.arange(self.local_epochs)[:, None]
-
-    def until_next(self) -> NDArray[np.int64]:
-        """Count the steps (local_epochs, c) from there until the next, or to the client's last."""
-        left = self.per_epoch * self.local_epochs - self.made() + 1
-        until: NDArray[np.int64] = np.minimum(self.per_epoch, left)
-        return until
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """The private rows of the mini-batches with one number, and how an optimiser moves them.
-
-    Attributes
-    ----------
-    first : int
-        The first client that has such a mini-batch; so have all after it.
-    block : Tensor of shape (c, n, width)
-        A view of the rows; updated in place.
-    mask, weight : Tensor of shape (c, n)
-        1 for examples and 0 for padding; the share in the mean of the mini-batch.
-    mean, square : Tensor of shape (c, n, width)
-        Moments; empty where the optimiser has no use for them.
-    keep : Tensor of shape (2, c, 1, 1)
-        What is left of the moments from one epoch to the next.
-    moves : Tensor of shape (local_epochs, 4, c, 1, 1)
-        See `_drift`.
-    scratch : Tensor of shape (2, c, n, width)
-        To work in, shared by all parts: new memory costs more than the sums in it.
-    optimizer : Optimizer
-    """
-
-    first: int
-    block: Tensor
-    mask: Tensor
-    weight: Tensor
-    mean: Tensor
-    square: Tensor
-    keep: Tensor
-    moves: Tensor
-    scratch: Tensor
-    optimizer: Optimizer
-
-    @classmethod
-    def of(
-        cls,
-        first: int,
-        block: Tensor,
-        mask: Tensor,
-        scratch: Tensor,
-        steps: _Steps,
-        optimizer: Optimizer,
-    ) -> _Part:
-        """Begin training, without moments."""
-        decays = optimizer.betas if optimizer.name == "adam" else (optimizer.momentum, 0.0)
-        keep = np.array(decays)[:, None] ** steps.per_epoch
-        moves = _drift(steps.made(), steps.until_next(), optimizer)
-        return cls(
-            first=first,
-            block=block,
-            mask=mask,
-            weight=mask / mask.sum(1, keepdim=True),
-            mean=torch.zeros_like(block if optimizer.name != "sgd" else block[:0]),
-            square=torch.zeros_like(block if optimizer.name == "adam" else block[:0]),
-            keep=torch.from_numpy(keep).to(block)[..., None, None],
-            moves=torch.from_numpy(moves).to(block)[..., None, None],
-            scratch=scratch,
-            optimizer=optimizer,
-        )
-
-    def move(self, grad: Tensor, epoch: int) -> None:
-        """Move the rows by a gradient, as far as they get before their next; overwrites `grad`."""
-        block, mean, square, optimizer = self.block, self.mean, self.square, self.optimizer
-        term = self.scratch[1]
-        if optimizer.name == "sgd":
-            block.sub_(grad, alpha=optimizer.learning_rate)
-        elif optimizer.name == "momentum":
-            mean.mul_(self.keep[0]).add_(grad)
-            block.sub_(torch.mul(mean, self.moves[epoch, 0], out=term))
-        else:
-            beta1, beta2 = optimizer.betas
-            mean.mul_(self.keep[0]).add_(grad, alpha=1 - beta1)
-            square.mul_(self.keep[1]).addcmul_(grad, grad, value=1 - beta2)
-            near, near_by, far, far_by = self.moves[epoch]
-            root = torch.sqrt(square, out=grad)
-            block.addcdiv_(torch.mul(mean, near, out=term), root.add_(near_by), value=-1)
-            block.addcdiv_(torch.mul(mean, far, out=term), root.add_(far_by), value=-1)
-
-
-def _drifts_smoothly(optimizer: Optimizer) -> bool:
-    """Tell whether `_drift` is exact: Adam's second moment must change slowly."""
-    return optimizer.name != "adam" or optimizer.betas[1] >= 0.99
-
-
-def _drift(
-    step: NDArray[np.int64], length: NDArray[np.int64], optimizer: Optimizer
-) -> NDArray[np.float64]:
-    """Sum up what an optimiser makes of moments in some steps without a gradient.
-
-    After the gradient of a client's step number t, momentum moves a row by rate Σ μ^j velocity in
-    that and the following steps, j = 0 ... length - 1. Adam moves it by
-
-        rate Σ_j a_j mean / (b_j r + eps),  r = √square,
-        a_j = β1^j / (1 - β1^(t + j)),  b_j² = β2^j / (1 - β2^(t + j)),
-
-    which is mean times Σ w_j / (r + x_j) with w_j = rate a_j / b_j and x_j = eps / b_j. The x_j
-    lie close together, and the Gauss rule of this sum with two nodes gives it to rounding wherever
-    a gradient is large against eps: the relative error is about 2 (eps / gradient)^4 in the first
-    steps, less in later ones, and at most some percent where a gradient is smaller than eps. Sums
-    of one or two steps are exact.
-
-    Parameters
-    ----------
-    step, length : ndarray of shape (...)
-        Numbers from 1.
-    optimizer : Optimizer
-
-    Returns
-    -------
-    ndarray of shape (..., 4, c) for arguments (..., c)
-        Momentum: the factor of the velocity, first of the four. Adam: w, x of one node, w of the
-        other and its x beyond that of the first. SGD: zeros, since nothing drifts.
-    """
-    moves = np.zeros((*step.shape[:-1], 4, step.shape[-1]))
-    decay = {"momentum": optimizer.momentum, "adam": optimizer.betas[0], "sgd": 0.0}[optimizer.name]
-    over = math.ceil(math.log(NEGLIGIBLE) / math.log(decay)) if 0 < decay < 1 else 1
-    longest = int(length.max(initial=1))
-    j = np.arange(min(longest, over) if decay < 1 else longest)
-    fades = np.where(j < length[..., None], float(decay) ** j, 0.0)
-    if optimizer.name != "adam":
-        moves[..., 0, :] = optimizer.learning_rate * fades.sum(-1)
-        return moves
-    beta1, beta2 = optimizer.betas
-    made = step[..., None] + j
-    root = np.sqrt(beta2**j / (1 - beta2**made))
-    w, x = fades / (1 - beta1**made) / root, 1 / root
-    total = w.sum(-1)
-    centre = (w * x).sum(-1) / total
-    off = x - centre[..., None]
-    spread = (w * off**2).sum(-1) / total
-    lean = (w * off**3).sum(-1) / total / np.maximum(spread, np.finfo(float).tiny)
-    # The nodes are the roots of z² - lean z - spread, the polynomial of degree two that is
-    # orthogonal to lower ones under the weights w; their shares keep total and centre.
-    half = np.sqrt(lean**2 / 4 + spread)
-    share = np.divide(half + lean / 2, 2 * half, out=np.full_like(half, 0.5), where=half > 0)
-    moves[..., 0, :] = optimizer.learning_rate * total * share
-    moves[..., 1, :] = optimizer.eps * (centre + lean / 2 - half)
-    moves[..., 2, :] = optimizer.learning_rate * total * (1 - share)
-    moves[..., 3, :] = optimizer.eps * 2 * half
-    return moves
+    return result, stacked_heads(own.values[:, width:], heads)
 
 
 # Any number of users a client -------------------------------------------------------------------
@@ -699,13 +428,15 @@ def _train_pooled(
     examples: LocalExamples,
     user_vectors: Tensor,
     item_table: Tensor,
-    head: Mapping[str, Tensor],
+    heads: Sequence[Mapping[str, Tensor]],
     *,
     item_bias: bool,
     local_epochs: int,
     optimizer: Optimizer,
     l2: float,
-) -> tuple[LocalResult, Head]:
+    graph: Propagation | None = None,
+    pull: _Pull | None = None,
+) -> tuple[LocalResult, list[Head]]:
     """Any number of users a client: gather a mini-batch, client by client, and scatter back."""
     n_items, n_clients = len(item_table), len(cohort.clients)
     batches, pairs = _batches(cohort, examples, n_items, item_table.dtype)
@@ -717,29 +448,49 @@ def _train_pooled(
         if optimizer.name == "sgd"
         else _DenseUpdate(users, rows, trainable, cohort.owner, row_clients, n_clients, optimizer)
     )
-    own = {"head": flat_head(head).repeat(n_clients, 1)}
-    moments = init_moments(own, optimizer)
+    own = torch.cat([flat_head(head) for head in heads]).repeat(n_clients, 1)
+    own_grad = torch.zeros_like(own)
+    network, into = Joint.of(own, heads), Joint.of(own_grad, heads)
+    moments = init_moments({"own": own}, optimizer)
+    graphs = [
+        None
+        if graph is None
+        else StarsInList.of(batch.user, batch.flat(batch.label), len(users), graph)
+        for batch in batches
+    ]
     losses = rows.new_zeros(n_clients)
     for epoch in range(local_epochs):
-        for batch in batches:
-            found = _gradients(
-                batch.padded(apply.users.index_select(0, batch.user)),
-                batch.padded(apply.rows.index_select(0, batch.row)),
-                _stacked(own["head"], head),
+        for batch, stars in zip(batches, graphs, strict=True):
+            user = apply.users.index_select(0, batch.user)
+            item = apply.rows.index_select(0, batch.row)
+            inputs = (user, item) if stars is None else stars.forward(apply.users, item)
+            network.load()
+            found = gradients(
+                batch.padded(inputs[0]),
+                batch.padded(inputs[1]),
+                network.layers,
                 batch.label,
                 batch.weight,
                 item_bias=item_bias,
-                l2=l2,
+                into=into.layers,
             )
+            into.store()
             if epoch == 0:
                 loss = softplus(found.logit) - batch.label * found.logit
                 losses += (loss * (batch.weight > 0)).sum(1)
-            user_grad, item_grad = (
-                grad.flatten(0, 1).index_select(0, batch.place) for grad in (found.user, found.item)
-            )
-            apply.step(batch.user, batch.row, batch.client, user_grad, item_grad)
+            by_user, by_item = batch.flat(found.user), batch.flat(found.item)
+            if stars is not None:
+                by_user, by_item = stars.backward(by_user, by_item)
+            weight = batch.flat(batch.weight)[:, None]
+            _penalise(l2, by_user, user, weight, by_item, item, weight)
+            if pull is not None:
+                pull.add(by_item, item, batch.row_shares(), torch.empty_like(item))
+            apply.step(batch.user, batch.row, batch.client, by_user, by_item)
             active = batch.weight.sum(1) > 0
-            own, moments = apply_gradients(own, {"head": found.head}, moments, active, optimizer)
+            moved, moments = apply_gradients(
+                {"own": own}, {"own": own_grad}, moments, active, optimizer
+            )
+            own.copy_(moved["own"])
     n_examples = losses.new_zeros(n_clients)
     n_examples.index_add_(
         0, cohort.owner[cohort.row_user], examples.valid.sum(1).to(n_examples.dtype)
@@ -754,7 +505,7 @@ def _train_pooled(
         n_examples=n_examples,
         item_table=item_table,
     )
-    return result, _stacked(own["head"], head)
+    return result, stacked_heads(own, heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -782,6 +533,14 @@ class _Batch:
         """Lay out values (L, d) of the examples as (C, n, d)."""
         out = values.new_zeros(self.weight.numel(), values.shape[1])
         return out.index_copy_(0, self.place, values).reshape(*self.weight.shape, -1)
+
+    def flat(self, values: Tensor) -> Tensor:
+        """Take the values (L, ...) of the examples out of that layout (C, n, ...)."""
+        return values.flatten(0, 1).index_select(0, self.place)
+
+    def row_shares(self) -> Tensor:
+        """Return the share (L, 1) of each example among those of its private row."""
+        return 1.0 / torch.bincount(self.row)[self.row].to(self.weight.dtype)[:, None]
 
 
 def _batches(
@@ -839,6 +598,7 @@ def refit_users(
     n_steps: int,
     l2: float,
     key: int,
+    n_graph_layers: int = 0,
 ) -> Tensor:
     """Fit each user's own vector to its own data against the frozen table and head.
 
@@ -848,8 +608,10 @@ def refit_users(
 
     Parameters
     ----------
-    cohort, user_vectors, item_table, head, item_bias, n_negatives, key
+    cohort, user_vectors, item_table, item_bias, n_negatives, key, n_graph_layers
         As in `train`.
+    head : mapping of name to Tensor
+        One head, of the width of the vectors.
     n_steps : int
         Of Adam.
     l2 : float
@@ -863,28 +625,38 @@ def refit_users(
     examples = draw_examples(
         cohort, len(item_table), n_negatives=n_negatives, batch_size=None, key=key
     )
-    layers, width = _layers(head), user_vectors.shape[1]
+    layers, width, fan = head_layers(head), user_vectors.shape[1], examples.items.shape[1]
     items = cohort.padded(examples.items, 0).flatten(1)  # (U, n)
     mask = cohort.padded(examples.valid, False).flatten(1).to(item_table.dtype)
     weight = mask / mask.sum(1, keepdim=True).clamp_min(1)
     label = torch.zeros_like(mask)
-    label[:, :: examples.items.shape[1]] = 1.0
-    from_items = _item_part(item_table, layers, width)[items]  # (U, n, h)
+    label[:, ::fan] = 1.0
+    graph = Propagation.of(n_graph_layers)
+    total, root = neighbourhoods(item_table[:, :width], cohort.offsets(), cohort.items)
+    of_items = graph.item * item_part(item_table, layers, width)[items]  # (U, n, h)
     bias = item_table[:, width][items] if item_bias else torch.zeros_like(mask)
     active = torch.from_numpy(cohort.counts > 0).to(mask.device)
-    to_user = layers[0][0][:width].mT
+    to_user, to_item = layers[0][0][:width], layers[0][0][width:]
 
     current = {"user": user_vectors}
     moments = init_moments(current, optimizer := Optimizer("adam", REFIT_RATE))
     best, lowest = user_vectors.clone(), torch.full_like(user_vectors[:, 0], torch.inf)
     for _ in range(n_steps + 1):
         users = current["user"]
-        hidden, logit = _forward(_user_part(users, layers)[:, None] + from_items, layers)
-        logit = logit + bias
+        moved, gains = graph.forward(users, total, root)
+        first = of_items + user_part(moved, layers)[:, None]
+        if n_graph_layers:
+            first[:, ::fan] += (gains @ to_item)[:, None]
+        hidden, logits = forward(first, layers)
+        logit = logits[:, :, 0] + bias
         loss = ((softplus(logit) - label * logit) * weight).sum(1) + l2 / 2 * users.square().sum(1)
         better = active & (loss < lowest)
         best, lowest = torch.where(better[:, None], users, best), torch.where(better, loss, lowest)
         error = (torch.sigmoid(logit) - label) * weight
-        grad = _backward(error, hidden, layers)[0].sum(1) @ to_user + l2 * users
+        sums = backward(error[:, :, None], hidden, layers)[0]
+        by_user, by_gain = sums.sum(1) @ to_user.mT, torch.zeros_like(users)
+        if n_graph_layers:
+            by_gain = sums[:, ::fan].sum(1) @ to_item.mT
+        grad = graph.backward(by_user, by_gain, root)[0] + l2 * users
         current, moments = apply_gradients(current, {"user": grad}, moments, active, optimizer)
     return best

@@ -8,6 +8,7 @@ import torch
 from sklearn.base import clone
 
 from fedrecsk import (
+    CentralizedRecommender,
     FedAvgRecommender,
     FedFastRecommender,
     FedFNNRecommender,
@@ -59,6 +60,16 @@ TRAINABLE = {
         clients_per_round=0.5,
         learning_rate=0.1,
         batch_size=None,
+    ),
+    "centralized-whole-data": CentralizedRecommender(**FAST),
+    "centralized-bce": CentralizedRecommender(
+        **FAST, objective="bce", batch_users=4, learning_rate=0.1
+    ),
+    "centralized-ncf": CentralizedRecommender(
+        "ncf", **FAST | {"n_rounds": 12}, batch_users=2, learning_rate=0.05
+    ),
+    "centralized-lightgcn": CentralizedRecommender(
+        "lightgcn", **FAST, batch_users=4, learning_rate=0.1
     ),
     "fedavg-bce": FedAvgRecommender(**FAST),
     "fedavg-whole-data": FedAvgRecommender(**FAST, objective="whole-data"),

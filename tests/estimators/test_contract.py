@@ -15,6 +15,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.utils._param_validation import InvalidParameterError
 
 from fedrecsk import (
+    CentralizedRecommender,
     FedAvgRecommender,
     FedFastRecommender,
     FedFNNRecommender,
@@ -86,7 +87,10 @@ def test_random_state_instance_works_like_a_seed(trainable, obvious, assert_same
 def test_other_seed_other_arrays(trainable, obvious):
     one = clone(trainable).set_params(n_rounds=2).fit(obvious)
     other = clone(trainable).set_params(n_rounds=2, random_state=1).fit(obvious)
-    for name in ("user_factors_", "item_factors_", "times_sampled_"):
+    names = ["user_factors_", "item_factors_"]
+    if not isinstance(trainable, CentralizedRecommender):  # which samples nobody
+        names.append("times_sampled_")
+    for name in names:
         assert not np.array_equal(getattr(one, name), getattr(other, name)), name
 
 
@@ -198,7 +202,8 @@ def test_shapes_of_fitted_attributes(estimator, obvious):
     # All users of a client take part together.
     of_client = estimator.times_sampled_.reshape(10, 4)
     assert (of_client == of_client[:, :1]).all()
-    assert of_client[:, 0].sum() == 10 * estimator.clients_per_round * estimator.n_rounds
+    share = getattr(estimator, "clients_per_round", 1.0)
+    assert of_client[:, 0].sum() == 10 * share * estimator.n_rounds
 
 
 def test_history_is_a_table(estimator, obvious):
@@ -210,13 +215,15 @@ def test_history_is_a_table(estimator, obvious):
     assert table["round"].tolist() == list(range(1, n_rounds + 1))
     assert np.isfinite(table["loss"]).all()
     assert (table["seconds"] >= 0).all()
-    assert (table["bytes_up"] > 0).all()
+    central = isinstance(estimator, CentralizedRecommender)
+    # All data lie there from the start.
+    assert ((table["bytes_up"] == 0) if central else (table["bytes_up"] > 0)).all()
     assert "validation_ndcg" not in table
     if isinstance(estimator, PopularityRecommender):
         assert table["clients"].tolist() == [40]
     else:
-        assert (table["clients"] == 40 * estimator.clients_per_round).all()
-        item_table = 20 * 4 * 4  # 20 vectors of 4 single floats
+        assert (table["clients"] == 40 * getattr(estimator, "clients_per_round", 1.0)).all()
+        item_table = 0 if central else 20 * 4 * 4  # 20 vectors of 4 single floats
         assert (table["bytes_down"] >= table["clients"] * item_table).all()
         assert table["loss"].iloc[-1] < table["loss"].iloc[0]
 
@@ -409,6 +416,7 @@ SHARED_BAD = {
     "optimizer": "rmsprop",
     "objective": "hinge",
     "item_bias": "yes",
+    "n_graph_layers": 0,
     "item_curvature": "yes",
     "server_optimizer": None,
     "server_learning_rate": -0.1,
@@ -443,7 +451,14 @@ BAD = {
     FedFastRecommender: {
         name: value
         for name, value in SHARED_BAD.items()
-        if name not in {"objective", "l2_exponent", "unobserved_weight", "item_curvature"}
+        if name
+        not in {
+            "objective",
+            "l2_exponent",
+            "unobserved_weight",
+            "item_curvature",
+            "n_graph_layers",
+        }
     }
     | {
         "item_weighting": "sum",
@@ -452,6 +467,21 @@ BAD = {
         "n_clusters": 0,
         "patience": 0,
     },
+    CentralizedRecommender: {
+        name: value
+        for name, value in SHARED_BAD.items()
+        if name
+        not in {
+            "clients_per_round",
+            "local_epochs",
+            "batch_size",
+            "item_curvature",
+            "server_optimizer",
+            "server_learning_rate",
+            "refit",
+        }
+    }
+    | {"model": "svd", "batch_users": 0},
     FedAvgRecommender: SHARED_BAD | {"model": "svd", "sampling": "all"},
     PopularityRecommender: {"min_rating": "3", "verbose": -1},
 }

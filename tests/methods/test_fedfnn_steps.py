@@ -17,14 +17,15 @@ from fedrecsk.methods.fedfnn import (
     draw_delegates,
     prediction_step,
     public_inputs,
-    random_factors,
     refit_bce,
     refit_whole_data,
     served_factors,
     whole_data_step,
 )
 from fedrecsk.methods.meta_network import predict_updates
-from fedrecsk.models import ncf, whole_data
+from fedrecsk.models import whole_data
+from fedrecsk.models.factors import random_factors
+from fedrecsk.models.head import init_head
 from tests.reference import bce_newton_reference, ncf_reference, whole_data_reference
 from tests.reference.federations import federation_of, items_by_user, random_federation
 from tests.reference.sampled_bce_reference import (
@@ -66,7 +67,7 @@ def start(shards, *, item_bias=False, server=ADD, first_round=0, neural=False):
         streams=STREAMS,
         device=shards.device,
     )
-    head = ncf.init_head(N_FACTORS, hidden=(3, 3), streams=STREAMS) if neural else None
+    head = init_head(N_FACTORS, hidden=(3, 3), streams=STREAMS) if neural else None
     return FactorState.start(
         users, table, server, n_clients=shards.n_clients, head=head, first_round=first_round
     )

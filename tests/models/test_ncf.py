@@ -8,9 +8,17 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from fedrecsk.engine import shards as shards_module
 from fedrecsk.engine.local import Optimizer
 from fedrecsk.engine.streams import Streams
-from fedrecsk.models import ncf, sampled_bce
+from fedrecsk.models import ncf, private_rows, sampled_bce
+from fedrecsk.models.head import init_head
 from tests.reference.federations import federation_of, random_federation
-from tests.reference.ncf_reference import logit, train_cohort
+from tests.reference.ncf_reference import (
+    assert_same_training,
+    by_reference,
+    by_size,
+    logit,
+    random_server,
+    unpacked,
+)
 from tests.reference.sampled_bce_reference import examples_of
 
 SGD, MOMENTUM, ADAM = (
@@ -21,16 +29,10 @@ SGD, MOMENTUM, ADAM = (
 N_FACTORS = 5
 
 
-def start(shards, *, item_bias=True, seed=0, dtype=torch.float64):
-    """User factors, an item table and a head of a scale at which the loss bends."""
-    generator = torch.Generator().manual_seed(seed)
-    users = 0.7 * torch.randn(shards.n_users, N_FACTORS, generator=generator)
-    table = 0.7 * torch.randn(shards.n_items, N_FACTORS + item_bias, generator=generator)
-    head = ncf.init_head(N_FACTORS, streams=Streams(seed))
-    for name in head:
-        if name.startswith("bias"):
-            head[name] = 0.2 * torch.randn(head[name].shape, generator=generator)
-    return users.to(dtype), table.to(dtype), {k: value.to(dtype) for k, value in head.items()}
+def start(shards, **changes):
+    """User factors, an item table and a head."""
+    users, table, [head] = random_server(shards, [N_FACTORS], **changes)
+    return users, table, head
 
 
 def hyper(**changes):
@@ -49,53 +51,12 @@ def hyper(**changes):
 
 def trained(cohort, server, **arguments):
     users, table, head = server
-    return unpacked(cohort, *ncf.train(cohort, users[cohort.users], table, head, **arguments))
+    return unpacked(cohort, *ncf.train(cohort, users[cohort.users], table, [head], **arguments))
 
 
-def unpacked(cohort, result, heads):
-    """By user the vector, by (client, item) the row, by client the head, loss and examples."""
-    rows = {}
-    for k in torch.nonzero(result.row_valid)[:, 0].tolist():
-        pair = int(cohort.clients[result.row_clients[k]]), int(result.row_items[k])
-        assert pair not in rows  # one private row per (client, item)
-        rows[pair] = result.row_values[k]
-    clients = cohort.clients.tolist()
-    parts = {(c, name): value[k] for name, value in heads.items() for k, c in enumerate(clients)}
-    return (
-        dict(zip(cohort.users.tolist(), result.user_vectors, strict=True)),
-        rows,
-        parts,
-        dict(zip(clients, result.losses, strict=True)),
-        dict(zip(clients, result.n_examples, strict=True)),
-    )
-
-
-def by_reference(shards, server, clients=None, **arguments):
-    chosen = range(shards.n_clients) if clients is None else clients
-    vectors, rows, heads, losses, n_examples = {}, {}, {}, {}, {}
-    for client, update in train_cohort(shards, chosen, *server, **arguments).items():
-        vectors |= update.user_vectors
-        rows |= {(client, item): row for item, row in update.rows.items()}
-        heads |= {(client, name): value for name, value in update.head.items()}
-        losses[client] = server[0].new_tensor(update.loss)
-        n_examples[client] = server[0].new_tensor(update.n_examples)
-    return vectors, rows, heads, losses, n_examples
-
-
-def assert_same_training(found, expected, tolerance=1e-6):
-    """Compare two results of `unpacked`; tolerance is relative to values of about 1."""
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.keys() == theirs.keys()
-        names = list(ours)
-        if names and ours[names[0]].dim() < 2:
-            ours = {0: torch.cat([ours[name].reshape(-1) for name in names])}
-            theirs = {0: torch.cat([theirs[name].reshape(-1) for name in names])}
-        for name, value in ours.items():
-            torch.testing.assert_close(value, theirs[name], rtol=tolerance, atol=tolerance)
-
-
-def by_size(shards):
-    return np.argsort(shards.client_rows, kind="stable")
+def expected_of(shards, server, **arguments):
+    users, table, head = server
+    return by_reference(shards, users, table, [head], **arguments)
 
 
 def named(value):
@@ -119,7 +80,7 @@ def test_training_is_that_of_each_client_alone(shards, item_bias, l2, batch_size
     server = start(shards, item_bias=item_bias)
     arguments = hyper(item_bias=item_bias, l2=l2, batch_size=batch_size, optimizer=optimizer)
     found = trained(shards.cohort(by_size(shards)), server, **arguments)
-    assert_same_training(found, by_reference(shards, server, **arguments))
+    assert_same_training(found, expected_of(shards, server, **arguments))
 
 
 @pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM], ids=named)
@@ -127,7 +88,7 @@ def test_training_is_that_of_each_client_alone(shards, item_bias, l2, batch_size
 def test_training_in_single_precision(shards, optimizer):
     server = start(shards, dtype=torch.float32)
     found = trained(shards.cohort(by_size(shards)), server, **hyper(optimizer=optimizer))
-    expected = by_reference(shards, server, **hyper(optimizer=optimizer))
+    expected = expected_of(shards, server, **hyper(optimizer=optimizer))
     assert_same_training(found, expected, tolerance=1e-5)
 
 
@@ -137,7 +98,7 @@ def test_training_where_negatives_or_batches_run_out(shards, optimizer):
     server = start(shards)
     arguments = hyper(n_negatives=3, batch_size=8, optimizer=optimizer)
     found = trained(shards.cohort(by_size(shards)), server, **arguments)
-    assert_same_training(found, by_reference(shards, server, **arguments))
+    assert_same_training(found, expected_of(shards, server, **arguments))
 
 
 def test_edges_are_what_they_are_meant_to_be():
@@ -166,7 +127,7 @@ def test_fused_and_pooled_paths_agree(shards, batch_size, item_bias, optimizer):
                 examples,
                 users[cohort.users],
                 table,
-                head,
+                [head],
                 item_bias=item_bias,
                 local_epochs=4,
                 optimizer=optimizer,
@@ -182,10 +143,10 @@ def test_fused_and_pooled_paths_agree(shards, batch_size, item_bias, optimizer):
 @pytest.mark.parametrize("shards", [SINGLE, SHARED], ids=["a user each", "several users each"])
 def test_any_number_of_layers(shards, hidden):
     users, table, _ = start(shards)
-    drawn = ncf.init_head(N_FACTORS, hidden=hidden, streams=Streams(3))
+    drawn = init_head(N_FACTORS, hidden=hidden, streams=Streams(3))
     server = users, table, {name: value.double() for name, value in drawn.items()}
     found = trained(shards.cohort(by_size(shards)), server, **hyper(optimizer=ADAM))
-    assert_same_training(found, by_reference(shards, server, **hyper(optimizer=ADAM)))
+    assert_same_training(found, expected_of(shards, server, **hyper(optimizer=ADAM)))
 
 
 @pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.99), (0.9, 0.3)])
@@ -195,14 +156,14 @@ def test_adam_with_other_decays(betas):
     server, optimizer = start(shards), replace(ADAM, betas=betas)
     arguments = hyper(optimizer=optimizer, batch_size=3, local_epochs=2)
     found = trained(shards.cohort(by_size(shards)), server, **arguments)
-    assert_same_training(found, by_reference(shards, server, **arguments))
+    assert_same_training(found, expected_of(shards, server, **arguments))
 
 
 @pytest.mark.parametrize("optimizer", [MOMENTUM, replace(MOMENTUM, momentum=1.0), ADAM])
 @pytest.mark.parametrize("length", [1, 2, 7, 60, 700])
 @pytest.mark.parametrize("step", [1, 2, 30])
 def test_drift_is_the_sum_of_the_moves_it_stands_for(optimizer, length, step):
-    moves = ncf._drift(np.array([[step]]), np.array([[length]]), optimizer)[0, :, 0]
+    moves = private_rows.drift(np.array([[step]]), np.array([[length]]), optimizer)[0, :, 0]
     if optimizer.name == "momentum":
         expected = optimizer.learning_rate * sum(optimizer.momentum**j for j in range(length))
         assert moves[0] == pytest.approx(expected, rel=1e-9)
@@ -262,8 +223,8 @@ def test_padding_is_never_touched(optimizer):
     poisoned[0] = 1e4
     cohort = shards.cohort(by_size(shards))
     arguments = hyper(batch_size=15, optimizer=optimizer)
-    clean, heads = ncf.train(cohort, users[cohort.users], table, head, **arguments)
-    dirty, other_heads = ncf.train(cohort, users[cohort.users], poisoned, head, **arguments)
+    clean, [heads] = ncf.train(cohort, users[cohort.users], table, [head], **arguments)
+    dirty, [other_heads] = ncf.train(cohort, users[cohort.users], poisoned, [head], **arguments)
     touching = set(clean.row_clients[clean.row_valid & (clean.row_items == 0)].tolist())
     spared = [c for c in range(shards.n_clients) if c not in touching]
     assert touching
@@ -291,8 +252,8 @@ def test_clients_without_rows_stay_as_they_are(optimizer, client_of):
     users, table, head = start(shards)
     for clients in ([0, 2], [0, 2, 1]):
         cohort = shards.cohort(np.array(clients))
-        result, heads = ncf.train(
-            cohort, users[cohort.users], table, head, **hyper(optimizer=optimizer)
+        result, [heads] = ncf.train(
+            cohort, users[cohort.users], table, [head], **hyper(optimizer=optimizer)
         )
         idle = cohort.owner < 2
         assert torch.equal(result.user_vectors[idle], users[cohort.users][idle])
@@ -311,37 +272,12 @@ def test_training_leaves_its_arguments_alone(shards, optimizer):
     cohort = shards.cohort(by_size(shards))
     arguments = [users[cohort.users], table, cohort.items, *head.values()]
     copies = [value.clone() for value in arguments]
-    result, _ = ncf.train(cohort, arguments[0], table, head, **hyper(optimizer=optimizer))
+    result, _ = ncf.train(cohort, arguments[0], table, [head], **hyper(optimizer=optimizer))
     assert all(map(torch.equal, copies, arguments))
     assert not torch.equal(result.user_vectors, arguments[0])
 
 
-# Heads and scores -------------------------------------------------------------------------
-
-
-def test_first_heads():
-    head = ncf.init_head(16, hidden=(8, 4), streams=Streams(5))
-    shapes = {name: tuple(value.shape) for name, value in head.items()}
-    assert list(shapes.items()) == [
-        ("weight_0", (32, 8)),
-        ("bias_0", (8,)),
-        ("weight_1", (8, 4)),
-        ("bias_1", (4,)),
-        ("weight_2", (4, 1)),
-        ("bias_2", (1,)),
-    ]
-    again, other = (ncf.init_head(16, hidden=(8, 4), streams=Streams(seed)) for seed in (5, 6))
-    for name, value in head.items():
-        assert torch.equal(value, again[name])
-        if name.startswith("bias"):
-            assert not value.any()
-            continue
-        assert not torch.equal(value, other[name])
-    wide = ncf.init_head(100, hidden=(50,), streams=Streams(0))["weight_0"]
-    bound = np.sqrt(6 / 200)
-    assert 0.99 * bound < wide.abs().max() <= bound
-    assert wide.std() == pytest.approx(bound / np.sqrt(3), rel=0.03)
-    assert abs(wide.mean()) < 0.03 * bound
+# Scores -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("item_bias", [False, True])
@@ -366,9 +302,9 @@ def test_scores_of_all_items_and_of_pairs_are_those_of_a_plain_loop(item_bias, p
 @pytest.mark.parametrize("pairs", [4, 100])
 def test_a_chunk_of_scores_holds_few_pairs(pairs, monkeypatch):
     monkeypatch.setattr(ncf, "SCORE_PAIRS", pairs)
-    seen, forward = [], ncf._forward
+    seen, forward = [], ncf.forward
     monkeypatch.setattr(
-        ncf, "_forward", lambda first, layers: seen.append(first.shape) or forward(first, layers)
+        ncf, "forward", lambda first, layers: seen.append(first.shape) or forward(first, layers)
     )
     users, table, head = start(SINGLE)
     ncf.score_items(users, table, head, item_bias=True)
