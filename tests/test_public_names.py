@@ -17,6 +17,7 @@ PUBLIC = {
         "FedAvgRecommender",
         "FedFNNRecommender",
         "FedFastRecommender",
+        "HeteFedRecRecommender",
         "NothingHeldOutError",
         "NothingHeldOutWarning",
         "PopularityRecommender",

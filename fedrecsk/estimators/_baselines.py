@@ -55,6 +55,7 @@ class FedAvgRecommender(BaseRecommender):
     optimizer : {"auto", "sgd", "momentum", "adam"}, default="auto"
     item_bias : bool, default=True
     n_graph_layers : int, default=1
+    item_propagation : bool, default=False
     server_optimizer : {"sgd", "momentum", "adam"}, default="sgd"
     server_learning_rate : float or "auto", default="auto"
     refit : bool, default=True
@@ -73,7 +74,7 @@ class FedAvgRecommender(BaseRecommender):
     ----------
     user_factors_, item_factors_, item_bias_, network_, times_sampled_, history_, n_rounds_ :
         As in `FedFNNRecommender`.
-    n_graph_layers_, item_evidence_, user_gram_, user_gram_weight_ :
+    n_graph_layers_, item_propagation_, item_evidence_, user_gram_, user_gram_weight_ :
         As in `FedFNNRecommender`.
     user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
         As in `FedFNNRecommender`.
@@ -119,6 +120,7 @@ class FedAvgRecommender(BaseRecommender):
         optimizer: OptimizerName | Literal["auto"] = "auto",
         item_bias: bool = True,
         n_graph_layers: int = 1,
+        item_propagation: bool = False,
         server_optimizer: OptimizerName = "sgd",
         server_learning_rate: float | Literal["auto"] = "auto",
         refit: bool = True,
@@ -150,6 +152,7 @@ class FedAvgRecommender(BaseRecommender):
         self.optimizer = optimizer
         self.item_bias = item_bias
         self.n_graph_layers = n_graph_layers
+        self.item_propagation = item_propagation
         self.server_optimizer = server_optimizer
         self.server_learning_rate = server_learning_rate
         self.refit = refit
@@ -187,6 +190,7 @@ class FedAvgRecommender(BaseRecommender):
             item_weighting="fedavg",
             item_bias=self.item_bias,
             n_graph_layers=self.n_graph_layers,
+            item_propagation=self.item_propagation,
             server_optimizer=self.server_optimizer,
             server_learning_rate=self.server_learning_rate,
             predictor=None,

@@ -56,6 +56,7 @@ CENTRAL_CONSTRAINTS: Constraints = {
         for name in (
             "model",
             "n_graph_layers",
+            "item_propagation",
             "learning_rate",
             "l2_exponent",
             "unobserved_weight",
@@ -111,6 +112,9 @@ class CentralizedRecommender(BaseRecommender):
         Whether items have a bias (``"bce"``).
     n_graph_layers : int, default=1
         Layers of propagation of ``"lightgcn"``.
+    item_propagation : bool, default=False
+        Whether a user's own items are propagated as well, as LightGCN has it. Only training
+        interactions bear that mark, so the network learns to tell them by it and ranks worse.
     min_rating : float or None, default=None
         Drop weaker rows first.
     early_stopping : bool, default=False
@@ -141,6 +145,8 @@ class CentralizedRecommender(BaseRecommender):
         Weights of the network, layer by layer; empty for ``"mf"``.
     n_graph_layers_ : int
         0 for other models than ``"lightgcn"``.
+    item_propagation_ : bool
+        False for other models than ``"lightgcn"``.
     times_sampled_ : ndarray of shape (n_users,)
         Rounds in which each user took part: all since its data came.
     user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
@@ -157,8 +163,11 @@ class CentralizedRecommender(BaseRecommender):
     Notes
     -----
     With ``"bce"`` a model goes on to fit the training rows after it has begun to rank worse;
-    `early_stopping` watches for that. ``"lightgcn"`` needs it: propagation leaves a trace of the
-    user in each of its training items, which in the end the network looks for and nothing else.
+    `early_stopping` watches for that. ``item_propagation=True`` needs it: propagation leaves a
+    trace of the user in each of its training items, which in the end the network looks for and
+    nothing else. On a random fifth of each user's rows of MovieLens-100K, ``"lightgcn"`` has an
+    NDCG@20 of .37 after the default 40 rounds, and .01 with ``item_propagation=True`` (.31 with
+    early stopping as well); popularity has .22.
 
     References
     ----------
@@ -196,6 +205,7 @@ class CentralizedRecommender(BaseRecommender):
         optimizer: OptimizerName = "adam",
         item_bias: bool = True,
         n_graph_layers: int = 1,
+        item_propagation: bool = False,
         min_rating: float | None = None,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -220,6 +230,7 @@ class CentralizedRecommender(BaseRecommender):
         self.optimizer = optimizer
         self.item_bias = item_bias
         self.n_graph_layers = n_graph_layers
+        self.item_propagation = item_propagation
         self.min_rating = min_rating
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
@@ -249,6 +260,7 @@ class CentralizedRecommender(BaseRecommender):
             optimizer=self.optimizer,
             item_bias=self.item_bias,
             n_graph_layers=self.n_graph_layers,
+            item_propagation=self.item_propagation,
             early_stopping=self.early_stopping,
             validation_fraction=self.validation_fraction,
             n_iter_no_change=self.n_iter_no_change,
@@ -293,6 +305,7 @@ def simulate_centralized(
     optimizer: OptimizerName,
     item_bias: bool,
     n_graph_layers: int,
+    item_propagation: bool,
     early_stopping: bool,
     validation_fraction: float,
     n_iter_no_change: int,
@@ -318,6 +331,7 @@ def simulate_centralized(
     """
     check_objective(model, objective)
     layers = n_graph_layers if model == "lightgcn" else 0
+    of_items = bool(item_propagation) and model == "lightgcn"
     streams = Streams.from_random_state(random_state)
     sizes = len(data), data.n_users, data.n_items
     rows: NDArray[np.bool_] | slice = slice(None)
@@ -347,6 +361,7 @@ def simulate_centralized(
                 item_bias=bias,
                 n_negatives=n_negatives,
                 n_graph_layers=layers,
+                item_propagation=of_items,
                 optimizer=rule,
                 l2=strength,
             )
@@ -377,12 +392,16 @@ def simulate_centralized(
         return state, {**logs, "clients": data.n_clients, "bytes_down": 0, "bytes_up": 0}
 
     def evaluate(state: CentralState, validation: Validation) -> float:
-        return validation.ndcg(served(state), state.item_table, state.head, layers)
+        return validation.ndcg(
+            served(state), state.item_table, state.head, layers, item_propagation=of_items
+        )
 
     times = _rounds_before(data, previous)
 
     def attributes(state: CentralState) -> Attributes:
-        model = model_attributes(served(state), state.item_table, state.head, layers)
+        model = model_attributes(
+            served(state), state.item_table, state.head, layers, item_propagation=of_items
+        )
         return {**model, "times_sampled_": times + state.passes}
 
     with torch_threads(CPU_CHUNK_ROWS * n_factors):
@@ -396,6 +415,7 @@ def simulate_centralized(
                 n_factors=n_factors,
                 item_bias=bias,
                 n_graph_layers=layers,
+                item_propagation=of_items,
                 init_scale=AUTO_INIT_SCALE[objective] if init_scale == "auto" else init_scale,
                 optimizer=rule,
                 streams=streams,
@@ -433,6 +453,7 @@ def _start(
     n_factors: int,
     item_bias: bool,
     n_graph_layers: int,
+    item_propagation: bool,
     init_scale: float,
     optimizer: Optimizer,
     streams: Streams,
@@ -451,7 +472,9 @@ def _start(
     head: Head = init_head(n_factors, streams=streams, device=device) if network else {}
     if previous is not None:
         users, table = take_over(users, table, data, previous)
-        head = head_before(head, n_factors, n_graph_layers, previous)
+        head = head_before(
+            head, n_factors, n_graph_layers, previous, item_propagation=item_propagation
+        )
     return CentralState.start(users, table, head, optimizer)
 
 

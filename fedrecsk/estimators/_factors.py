@@ -58,7 +58,15 @@ class Validation:
     seen_rows: NDArray[np.int64]
     seen_items: NDArray[np.int64]
 
-    def ndcg(self, users: Tensor, table: Tensor, head: Head, n_graph_layers: int = 0) -> float:
+    def ndcg(
+        self,
+        users: Tensor,
+        table: Tensor,
+        head: Head,
+        n_graph_layers: int = 0,
+        *,
+        item_propagation: bool = False,
+    ) -> float:
         """Mean NDCG@20 of the validation users for user vectors (n_users, d) and a model."""
         chosen = torch.from_numpy(self.users).to(users.device)
         offsets, items = self.positives()
@@ -67,6 +75,7 @@ class Validation:
             table,
             head,
             n_graph_layers=n_graph_layers,
+            item_propagation=item_propagation,
             positives=(offsets.to(users.device), items.to(users.device)),
         )
         return float(self.ndcg_per_user(scores.cpu().numpy()).mean())
@@ -138,6 +147,7 @@ def fit_factors(
     server_optimizer: Optimizer | None,
     head: Head,
     n_graph_layers: int,
+    item_propagation: bool,
     n_rounds: int,
     validation: Validation | None,
     shards: ClientShards,
@@ -161,6 +171,8 @@ def fit_factors(
         Of the start, see `fedrecsk.methods.fedfnn`.
     n_graph_layers : int
         Over which a network's inputs are propagated.
+    item_propagation : bool
+        Whether items are, as well as users.
     n_rounds : int
     validation : Validation or None
         With early stopping.
@@ -189,7 +201,9 @@ def fit_factors(
     first_round = 0
     if previous is not None:
         users, table = take_over(users, table, data, previous)
-        head = head_before(head, n_factors, n_graph_layers, previous)
+        head = head_before(
+            head, n_factors, n_graph_layers, previous, item_propagation=item_propagation
+        )
         first_round = int(previous["n_rounds_"])
     state = FactorState.start(
         users,
@@ -212,7 +226,13 @@ def fit_factors(
         statistics = state.statistics
         evidence = torch.stack([statistics.counts, statistics.curvature], 1)
         return {
-            **model_attributes(users, state.item_table, state.head, n_graph_layers),
+            **model_attributes(
+                users,
+                state.item_table,
+                state.head,
+                n_graph_layers,
+                item_propagation=item_propagation,
+            ),
             "times_sampled_": state.times_sampled.cpu().numpy().astype(np.int64),
             "item_evidence_": evidence.cpu().numpy(),
             "user_gram_": statistics.gram.cpu().numpy(),
@@ -225,7 +245,13 @@ def fit_factors(
 
         def evaluate(state: FactorState) -> float:
             users = served_factors(state) if refit is None else refit(state, holders)
-            return validation.ndcg(users, state.item_table, state.head, n_graph_layers)
+            return validation.ndcg(
+                users,
+                state.item_table,
+                state.head,
+                n_graph_layers,
+                item_propagation=item_propagation,
+            )
 
         stopping = EarlyStopping(evaluate=evaluate, n_iter_no_change=n_iter_no_change, tol=tol)
     return run_factors(
@@ -357,13 +383,21 @@ def times_sampled_before(fresh: Tensor, data: Interactions, previous: Attributes
     return times
 
 
-def head_before(head: Head, n_factors: int, n_graph_layers: int, previous: Attributes) -> Head:
+def head_before(
+    head: Head,
+    n_factors: int,
+    n_graph_layers: int,
+    previous: Attributes,
+    *,
+    item_propagation: bool = False,
+) -> Head:
     """Put the previous head in the place of a fresh one."""
     flat = torch.from_numpy(previous["network_"])
-    if len(flat) != len(flat_head(head)) or previous["n_graph_layers_"] != n_graph_layers:
+    graph = (previous["n_graph_layers_"], previous["item_propagation_"])
+    if len(flat) != len(flat_head(head)) or graph != (n_graph_layers, item_propagation):
         raise ValueError(
-            "Cannot go on with another model than before: model or n_graph_layers changed since "
-            "the last fit. Fit anew with warm_start=False."
+            "Cannot go on with another model than before: model, n_graph_layers or "
+            "item_propagation changed since the last fit. Fit anew with warm_start=False."
         )
     old = head_of(flat, n_factors)
     return {name: old[name].to(value) for name, value in head.items()}
@@ -387,7 +421,12 @@ def _statistics_before(
 
 
 def model_attributes(
-    users: Tensor, item_table: Tensor, head: Head, n_graph_layers: int
+    users: Tensor,
+    item_table: Tensor,
+    head: Head,
+    n_graph_layers: int,
+    *,
+    item_propagation: bool = False,
 ) -> Attributes:
     """Turn a model into the fitted attributes that `score_factor_items` reads."""
     table, n_factors = item_table.cpu().numpy(), users.shape[1]
@@ -398,6 +437,7 @@ def model_attributes(
         "item_bias_": np.ascontiguousarray(bias),
         "network_": flat_head(head).cpu().numpy(),
         "n_graph_layers_": n_graph_layers,
+        "item_propagation_": item_propagation,
     }
 
 
@@ -407,6 +447,7 @@ def score_table(
     head: Head,
     *,
     n_graph_layers: int = 0,
+    item_propagation: bool = False,
     positives: Positives | None = None,
 ) -> Tensor:
     """Scores (n, n_items) of all items for user vectors (n, d), whatever the model.
@@ -422,6 +463,7 @@ def score_table(
             head,
             item_bias=bias,
             n_graph_layers=n_graph_layers,
+            item_propagation=item_propagation,
             positives=positives if n_graph_layers else None,
         )
     scores = users @ table[:, :width].T
@@ -437,6 +479,7 @@ def score_factor_items(estimator: Any, users: NDArray[np.int64]) -> NDArray[np.f
             torch.from_numpy(_table(estimator)),
             _head(estimator),
             n_graph_layers=estimator.n_graph_layers_,
+            item_propagation=estimator.item_propagation_,
             positives=_seen_by(estimator, users),
         ).numpy()
         return scores
@@ -473,6 +516,7 @@ def _propagated(
         offsets,
         seen,
         n_layers=estimator.n_graph_layers_,
+        items=estimator.item_propagation_,
     )
     holder = np.repeat(np.arange(len(distinct)), np.diff(offsets.numpy()))
     is_positive = np.isin(place * len(table) + items, holder * len(table) + seen.numpy())
@@ -536,6 +580,7 @@ def _crowd(estimator: Any) -> NDArray[np.float32]:
         torch.tensor(estimator.item_factors_),
         *_seen_by(estimator, np.arange(len(estimator.user_factors_))),
         n_layers=n_layers,
+        items=False,
     )
     # Propagation shrinks a vector without neighbours by graphs.item.
     vector: NDArray[np.float32] = (graphs.users.mean(dim=0) / graphs.item).numpy()

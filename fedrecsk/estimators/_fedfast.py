@@ -26,8 +26,8 @@ BCE_CONSTRAINTS: Constraints = {
     for name in FACTOR_CONSTRAINTS
     if name
     not in {
-        "objective", "model", "n_graph_layers", "sampling", "l2_exponent", "unobserved_weight",
-        "item_curvature",
+        "objective", "model", "n_graph_layers", "item_propagation", "sampling", "l2_exponent",
+        "unobserved_weight", "item_curvature",
     }
 }  # fmt: skip
 
@@ -80,7 +80,7 @@ class FedFastRecommender(BaseRecommender):
     ----------
     user_factors_, item_factors_, item_bias_, network_, times_sampled_, history_, n_rounds_ :
         As in `FedFNNRecommender`.
-    n_graph_layers_, item_evidence_, user_gram_, user_gram_weight_ :
+    n_graph_layers_, item_propagation_, item_evidence_, user_gram_, user_gram_weight_ :
         As in `FedFNNRecommender`.
     user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
         As in `FedFNNRecommender`.
@@ -191,6 +191,7 @@ class FedFastRecommender(BaseRecommender):
             item_weighting=self.item_weighting,
             item_bias=self.item_bias,
             n_graph_layers=1,
+            item_propagation=False,
             server_optimizer=self.server_optimizer,
             server_learning_rate=self.server_learning_rate,
             predictor="cluster",

@@ -64,6 +64,7 @@ FACTOR_CONSTRAINTS: Constraints = {
     "model": [StrOptions({"mf", "ncf", "lightgcn"})],
     "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"}), None],
     "n_graph_layers": [Interval(Integral, 1, None, closed="left")],
+    "item_propagation": ["boolean"],
     "sampling": [StrOptions({"uniform", "epoch", "stratified"})],
     "learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
     "objective": [StrOptions({"whole-data", "bce"})],
@@ -152,6 +153,9 @@ class FedFNNRecommender(BaseRecommender):
         Whether items have an aggregated bias (``"bce"``).
     n_graph_layers : int, default=1
         Layers of propagation of ``"lightgcn"``.
+    item_propagation : bool, default=False
+        Whether a user's own items are propagated as well, as LightGCN has it. Only training
+        interactions bear that mark, so the network learns to tell them by it and ranks worse.
     server_optimizer : {"auto", "newton", "sgd", "momentum", "adam"}, default="auto"
         What the server makes of the clients' changes (``"bce"``). ``"newton"`` fits every item's
         step to the curvature that its clients amount to; it needs ``model="mf"``, local
@@ -220,6 +224,8 @@ class FedFNNRecommender(BaseRecommender):
         Weights of the network of ``"ncf"`` or ``"lightgcn"``, layer by layer; empty for ``"mf"``.
     n_graph_layers_ : int
         0 for other models than ``"lightgcn"``.
+    item_propagation_ : bool
+        False for other models than ``"lightgcn"``.
     item_evidence_ : ndarray of shape (n_items, 2)
     user_gram_ : ndarray of shape (n_columns, n_columns)
     user_gram_weight_ : float
@@ -301,6 +307,7 @@ class FedFNNRecommender(BaseRecommender):
         item_weighting: ItemWeighting = "count",
         item_bias: bool = True,
         n_graph_layers: int = 1,
+        item_propagation: bool = False,
         server_optimizer: ServerOptimizerName = "auto",
         server_learning_rate: float | Literal["auto"] = "auto",
         predictor: PredictorName | None = "linear",
@@ -343,6 +350,7 @@ class FedFNNRecommender(BaseRecommender):
         self.item_weighting = item_weighting
         self.item_bias = item_bias
         self.n_graph_layers = n_graph_layers
+        self.item_propagation = item_propagation
         self.server_optimizer = server_optimizer
         self.server_learning_rate = server_learning_rate
         self.predictor = predictor
@@ -390,6 +398,7 @@ class FedFNNRecommender(BaseRecommender):
             item_weighting=self.item_weighting,
             item_bias=self.item_bias,
             n_graph_layers=self.n_graph_layers,
+            item_propagation=self.item_propagation,
             server_optimizer=self.server_optimizer,
             server_learning_rate=self.server_learning_rate,
             predictor=self.predictor,
@@ -467,6 +476,7 @@ def simulate_fedfnn(
     item_weighting: ItemWeighting,
     item_bias: bool,
     n_graph_layers: int,
+    item_propagation: bool,
     server_optimizer: ServerOptimizerName,
     server_learning_rate: float | Literal["auto"],
     predictor: PredictorName | None,
@@ -505,6 +515,7 @@ def simulate_fedfnn(
     """
     check_objective(model, objective)
     layers = n_graph_layers if model == "lightgcn" else 0
+    of_items = bool(item_propagation) and model == "lightgcn"
     examples_per_step = AUTO_BATCH_SIZE[model] if batch_size == "auto" else batch_size
     streams = Streams.from_random_state(random_state)
     sizes = len(data), data.n_users, data.n_items
@@ -558,6 +569,7 @@ def simulate_fedfnn(
                 item_weighting=item_weighting,
                 item_bias=bias,
                 n_graph_layers=layers,
+                item_propagation=of_items,
                 n_negatives=n_negatives,
                 batch_size=examples_per_step,
                 local_epochs=local_epochs,
@@ -575,6 +587,7 @@ def simulate_fedfnn(
                 clients,
                 item_bias=bias,
                 n_graph_layers=layers,
+                item_propagation=of_items,
                 n_negatives=n_negatives,
                 n_steps=REFIT_STEPS,
                 l2=penalty_strength,
@@ -624,7 +637,11 @@ def simulate_fedfnn(
         monitored = logs["loss"]
         if patience_on == "ndcg" and validation is not None:
             monitored = -validation.ndcg(
-                served_factors(trained), trained.item_table, trained.head, layers
+                served_factors(trained),
+                trained.item_table,
+                trained.head,
+                layers,
+                item_propagation=of_items,
             )
         predicted, more = prediction_step(
             state,
@@ -658,6 +675,7 @@ def simulate_fedfnn(
             server_optimizer=server,
             head=head,
             n_graph_layers=layers,
+            item_propagation=of_items,
             n_rounds=n_rounds,
             validation=validation if early_stopping else None,
             shards=shards,

@@ -53,11 +53,11 @@ FitUsers = Callable[[Cohort, Tensor, Tensor, Head], Tensor]
 
 # What "auto" stands for with a network; with the whole-data objective these are off.
 AUTO_DUAL_TASK = True
-AUTO_ALPHA = 1.0
+AUTO_ALPHA = 0.01
 AUTO_DISTILL_FRACTION = 0.1
-AUTO_LEARNING_RATE = 0.01
+AUTO_LEARNING_RATE = {"sgd": 0.3, "momentum": 0.03, "adam": 0.01}
+AUTO_SERVER_LEARNING_RATE = {"sgd": 1.0, "momentum": 1.0, "adam": 0.03}
 AUTO_L2 = 0.01
-AUTO_BATCH_SIZE = {"ncf": 64, "lightgcn": None}
 AUTO_INIT_SCALE = {"mf": 0.01, "ncf": 0.1, "lightgcn": 0.1}
 STATISTICS_DECAY = 0.9
 REFIT_STEPS = 20
@@ -96,7 +96,7 @@ default=None
         vectors. "auto": with a network.
     alpha : float or "auto", default="auto"
         Weight of the decorrelation of the item table's columns, in all sizes but the smallest.
-        "auto": 1 with a network. Must be 0 with ``"mf"``.
+        "auto": 0.01 with a network. Must be 0 with ``"mf"``.
     distill_fraction : float in [0, 1] or "auto", default="auto"
         Share of the items, at least 256 of them, whose relations the tables are made to agree on;
         0 turns distillation off. "auto": 0.1 with a network. Must be 0 with ``"mf"``, where
@@ -113,13 +113,16 @@ default=None
     denominator : {"owners", "clients", "sum"}, default="owners"
         What padded updates of a network are divided by: for each row and column, the clients
         that trained the one and have the other; all participants; nothing.
-    client_weights : {"uniform", "interactions"}, default="uniform"
+    client_weights : {"interactions", "uniform"}, default="interactions"
         Weight of a client in the averages of a network.
     contributors : {"all", "largest"}, default="all"
         ``"largest"``: only the clients of the last group take part; the others fit their own
         vectors to the result.
     n_graph_layers : int, default=1
         Of ``"lightgcn"``.
+    item_propagation : bool, default=False
+        Whether a user's own items are propagated as well, as LightGCN has it. Only training
+        interactions bear that mark, so the network learns to tell them by it and ranks worse.
     n_rounds : int, default=40
         Rounds of a fit.
     clients_per_round : int or float, default=0.2
@@ -129,10 +132,11 @@ default=None
     local_epochs : int, default=5
         Passes of a participant over its own data, of networks.
     learning_rate : float or "auto", default="auto"
-        Of local training of networks; "auto" is 0.01.
-    batch_size : int, None or "auto", default="auto"
-        Examples in a local step of networks; None: all of a client. "auto": 64 for ``"ncf"``,
-        None for ``"lightgcn"``, which allows nothing else.
+        Of local training of networks; "auto": 0.3 with ``"sgd"``, 0.03 with ``"momentum"``, 0.01
+        with ``"adam"``.
+    batch_size : int or None, default=None
+        Examples in a local step of networks; None: all of a client, the only choice with
+        ``"lightgcn"``.
     n_negatives : int, default=4
         Sampled per interaction, of networks.
     l2 : float or "auto", default="auto"
@@ -146,13 +150,15 @@ default=None
         Of the server steps of ``"mf"``, see `FedFNNRecommender`.
     init_scale : float or "auto", default="auto"
         Standard deviation of the start; "auto": 0.01 for ``"mf"``, 0.1 for networks.
-    optimizer : {"adam", "sgd", "momentum"}, default="adam"
+    optimizer : {"sgd", "momentum", "adam"}, default="sgd"
         Of local training of networks.
     item_bias : bool, default=True
         Whether networks add a bias of the item.
+    server_optimizer : {"adam", "sgd", "momentum"}, default="adam"
+        Of networks: takes the aggregated change as a negative gradient. ``"sgd"`` at rate 1 adds
+        it, as the paper does.
     server_learning_rate : float or "auto", default="auto"
-        Factor of the aggregated change; "auto": 1 for networks, from the participation for
-        ``"mf"``.
+        "auto": 0.03 with ``"adam"``, otherwise 1; for ``"mf"`` it follows from the participation.
     refit : bool, default=True
         Whether every user fits its own vector to the final model before inference.
     report_every : int or None, default=1
@@ -183,7 +189,8 @@ default=None
         `fedrecsk.metrics.evaluate` reports each of them.
     client_parameters_ : ndarray of shape (n_clients,), int64
         Numbers that a client holds in common with others, and that travel to it each round.
-    user_sizes_ : ndarray of shape (n_users,), int64
+    user_sizes_, user_clients_ : ndarray of shape (n_users,), int64
+        Columns of each user's model, and the place of its client in `client_ids_`.
     group_sizes_, group_ratio_ : ndarray of shape (n_groups,)
         Sizes and shares of the groups, as given or chosen.
     sizes_ : ndarray of shape (n_sizes,), int64
@@ -199,8 +206,12 @@ default=None
     network_ : ndarray of shape (P,)
         Weights of the predictors of all sizes; empty for ``"mf"``.
     n_graph_layers_ : int
+    item_propagation_ : bool
     item_evidence_, user_gram_, user_gram_weight_ : ndarray
         What the server knows of each block of columns of ``"mf"``, for `partial_fit`.
+    private_indptr_, private_items_, private_rows_, private_networks_ : ndarray
+        With ``aggregation="standalone"``: where each client's own rows start, (n_clients + 1,);
+        their items, (K,), vectors and bias, (K, N_l + 1); each client's predictor. Else empty.
     history_ : list of dict
         One record a round: ``round, loss, clients, bytes_down, bytes_up, seconds``; with
         networks and distillation ``distillation_loss``; every `report_every` rounds
@@ -241,7 +252,7 @@ default=None
         **{
             name: constraint
             for name, constraint in FACTOR_CONSTRAINTS.items()
-            if name not in ("n_factors", "model", "objective", "server_optimizer")
+            if name not in ("n_factors", "model", "objective")
         },
         "base_model": [StrOptions({"mf", "ncf", "lightgcn"})],
         "sizes": ["array-like", StrOptions({"auto"})],
@@ -258,9 +269,11 @@ default=None
         "client_weights": [StrOptions({"uniform", "interactions"})],
         "contributors": [StrOptions({"all", "largest"})],
         "n_graph_layers": [Interval(Integral, 1, None, closed="left")],
+        "item_propagation": ["boolean"],
         "sampling": [StrOptions({"epoch", "uniform"})],
-        "batch_size": [Interval(Integral, 1, None, closed="left"), None, StrOptions({"auto"})],
+        "batch_size": [Interval(Integral, 1, None, closed="left"), None],
         "optimizer": [StrOptions({"sgd", "momentum", "adam"})],
+        "server_optimizer": [StrOptions({"sgd", "momentum", "adam"})],
         "report_every": [Interval(Integral, 1, None, closed="left"), None],
     }
 
@@ -279,23 +292,25 @@ default=None
         distill_learning_rate: float = 0.001,
         aggregation: Aggregation = "padded",
         denominator: Denominator = "owners",
-        client_weights: ClientWeights = "uniform",
+        client_weights: ClientWeights = "interactions",
         contributors: Literal["all", "largest"] = "all",
         n_graph_layers: int = 1,
+        item_propagation: bool = False,
         n_rounds: int = 40,
         clients_per_round: int | float = 0.2,
         sampling: Literal["epoch", "uniform"] = "epoch",
         local_epochs: int = 5,
         learning_rate: float | Literal["auto"] = "auto",
-        batch_size: int | Literal["auto"] | None = "auto",
+        batch_size: int | None = None,
         n_negatives: int = 4,
         l2: float | Literal["auto"] = "auto",
         l2_exponent: float = 0.75,
         unobserved_weight: float | Literal["auto"] = "auto",
         item_curvature: bool = True,
         init_scale: float | Literal["auto"] = "auto",
-        optimizer: OptimizerName = "adam",
+        optimizer: OptimizerName = "sgd",
         item_bias: bool = True,
+        server_optimizer: OptimizerName = "adam",
         server_learning_rate: float | Literal["auto"] = "auto",
         refit: bool = True,
         report_every: int | None = 1,
@@ -324,6 +339,7 @@ default=None
         self.client_weights = client_weights
         self.contributors = contributors
         self.n_graph_layers = n_graph_layers
+        self.item_propagation = item_propagation
         self.n_rounds = n_rounds
         self.clients_per_round = clients_per_round
         self.sampling = sampling
@@ -338,6 +354,7 @@ default=None
         self.init_scale = init_scale
         self.optimizer = optimizer
         self.item_bias = item_bias
+        self.server_optimizer = server_optimizer
         self.server_learning_rate = server_learning_rate
         self.refit = refit
         self.report_every = report_every
@@ -388,10 +405,25 @@ default=None
             init_head(width, streams=streams, key=width if several else None, device=device)
             for width in (sizes.widths if network else ())
         ]
-        state = NestedState.start(users, table, heads, sizes, data.user_client, self.aggregation)
+        state = NestedState.start(
+            users,
+            table,
+            heads,
+            sizes,
+            data.user_client,
+            self.aggregation,
+            self._server_optimizer,
+        )
         first_round = 0
         if previous is not None:
-            state = take_over(state, data, sizes, previous)
+            state = take_over(
+                state,
+                data,
+                sizes,
+                previous,
+                n_graph_layers=self._graph_layers,
+                item_propagation=self._propagates_items,
+            )
             first_round = int(previous["n_rounds_"])
         contributors = np.arange(data.n_clients)
         if self.contributors == "largest":
@@ -455,6 +487,7 @@ default=None
                 assignment=assignment,
                 dual_task=dual_task,
                 n_graph_layers=self._graph_layers,
+                item_propagation=self._propagates_items,
                 n_rounds=1 if alone else self.n_rounds,
                 first_round=first_round,
                 validation=validation,
@@ -464,10 +497,10 @@ default=None
 
     def _check_mechanisms(self) -> None:
         """Refuse what a base model has no use for, rather than leave it out in silence."""
-        if self.base_model == "lightgcn" and self.batch_size not in (None, "auto"):
+        if self.base_model == "lightgcn" and self.batch_size is not None:
             raise ValueError(
                 'base_model="lightgcn" propagates over all of a client\'s interactions in every '
-                f'step: batch_size must be None or "auto", found {self.batch_size!r}.'
+                f"step: batch_size must be None, found {self.batch_size!r}."
             )
         if self.base_model != "mf":
             return
@@ -493,15 +526,23 @@ default=None
     def _graph_layers(self) -> int:
         return self.n_graph_layers if self.base_model == "lightgcn" else 0
 
+    @property
+    def _propagates_items(self) -> bool:
+        return bool(self.item_propagation) and self.base_model == "lightgcn"
+
+    @property
+    def _server_optimizer(self) -> Optimizer:
+        rate = _or(self.server_learning_rate, AUTO_SERVER_LEARNING_RATE[self.server_optimizer])
+        return Optimizer(self.server_optimizer, rate)
+
     def _of_network(
         self, shards: ClientShards, sizes: Sizes, streams: Streams, *, dual_task: bool
     ) -> tuple[Train, FitUsers]:
         """Bind the parameters of a network's rounds, and of how its users fit their vectors."""
-        batch_size = self.batch_size
-        if batch_size == "auto":
-            batch_size = AUTO_BATCH_SIZE[self.base_model]
         l2 = _or(self.l2, AUTO_L2)
-        optimizer = Optimizer(self.optimizer, _or(self.learning_rate, AUTO_LEARNING_RATE))
+        optimizer = Optimizer(
+            self.optimizer, _or(self.learning_rate, AUTO_LEARNING_RATE[self.optimizer])
+        )
 
         def train(
             state: NestedState, participants: NDArray[np.int64], t: int
@@ -515,8 +556,9 @@ default=None
                     streams=streams,
                     item_bias=self.item_bias,
                     n_graph_layers=self._graph_layers,
+                    item_propagation=self._propagates_items,
                     n_negatives=self.n_negatives,
-                    batch_size=batch_size,
+                    batch_size=self.batch_size,
                     local_epochs=max(1, round(passes * self._participation(shards.n_clients))),
                     optimizer=optimizer,
                     l2=l2,
@@ -535,12 +577,13 @@ default=None
                 client_weights=self.client_weights,
                 item_bias=self.item_bias,
                 n_graph_layers=self._graph_layers,
+                item_propagation=self._propagates_items,
                 n_negatives=self.n_negatives,
-                batch_size=batch_size,
+                batch_size=self.batch_size,
                 local_epochs=self.local_epochs,
                 optimizer=optimizer,
                 l2=l2,
-                server_learning_rate=_or(self.server_learning_rate, 1.0),
+                server_optimizer=self._server_optimizer,
             )
 
         def fit(cohort: Cohort, users: Tensor, table: Tensor, head: Head) -> Tensor:
@@ -551,6 +594,7 @@ default=None
                 head,
                 item_bias=self.item_bias,
                 n_graph_layers=self._graph_layers,
+                item_propagation=self._propagates_items,
                 n_negatives=self.n_negatives,
                 n_steps=REFIT_STEPS,
                 l2=l2,

@@ -49,6 +49,7 @@ def fit_nested(
     assignment: Assignment,
     dual_task: bool,
     n_graph_layers: int,
+    item_propagation: bool,
     n_rounds: int,
     first_round: int,
     validation: Validation | None,
@@ -71,6 +72,7 @@ def fit_nested(
     assignment : Assignment
     dual_task : bool
     n_graph_layers : int
+    item_propagation : bool
     n_rounds, first_round : int
     validation : Validation or None
         With early stopping.
@@ -94,6 +96,7 @@ def fit_nested(
         "group_ratio_": np.array(assignment.ratio),
         "sizes_": np.array(sizes.widths, dtype=np.int64),
         "n_graph_layers_": n_graph_layers,
+        "item_propagation_": item_propagation,
     }
 
     def attributes(state: NestedState) -> Attributes:
@@ -117,6 +120,7 @@ def fit_nested(
                     state.tables[x],
                     state.heads[x] if state.heads else {},
                     n_graph_layers=n_graph_layers,
+                    item_propagation=item_propagation,
                     positives=(
                         torch.from_numpy(starts).to(vectors.device),
                         torch.from_numpy(seen).to(vectors.device),
@@ -187,7 +191,13 @@ def _private(private: PrivateModels | None, widest: int) -> Attributes:
 
 
 def take_over(
-    start: NestedState, data: Interactions, sizes: Sizes, previous: Attributes
+    start: NestedState,
+    data: Interactions,
+    sizes: Sizes,
+    previous: Attributes,
+    *,
+    n_graph_layers: int,
+    item_propagation: bool,
 ) -> NestedState:
     """Put what an earlier fit left in the places of known users and items.
 
@@ -198,9 +208,14 @@ def take_over(
             f"Cannot go on from sizes {tuple(previous['sizes_'].tolist())} with {sizes.widths}. "
             "Fit anew with warm_start=False."
         )
-    if (len(previous["network_"]) > 0) != bool(start.heads):
+    graph = (previous["n_graph_layers_"], previous["item_propagation_"])
+    if (len(previous["network_"]) > 0) != bool(start.heads) or graph != (
+        n_graph_layers,
+        item_propagation,
+    ):
         raise ValueError(
-            "Cannot go on with another base_model than before. Fit anew with warm_start=False."
+            "Cannot go on with another model than before: base_model, n_graph_layers or "
+            "item_propagation changed since the last fit. Fit anew with warm_start=False."
         )
     codes, known = Vocabulary(previous["user_ids_"]).encode(data.users.ids)
     own = np.array(sizes.widths)[sizes.of_client[data.user_client]]
@@ -281,6 +296,7 @@ class SizeModel:
     item_bias_ : ndarray of shape (n_items,)
     network_ : ndarray of shape (P,)
     n_graph_layers_ : int
+    item_propagation_ : bool
     seen_indptr_, seen_indices_ : ndarray
     """
 
@@ -289,6 +305,7 @@ class SizeModel:
     item_bias_: NDArray[np.float32]
     network_: NDArray[np.float32]
     n_graph_layers_: int
+    item_propagation_: bool
     seen_indptr_: NDArray[np.int64]
     seen_indices_: NDArray[np.int64]
 
@@ -334,6 +351,7 @@ def _by_size(
                     item_bias_=estimator.item_biases_[x],
                     network_=networks[x],
                     n_graph_layers_=estimator.n_graph_layers_,
+                    item_propagation_=estimator.item_propagation_,
                     seen_indptr_=estimator.seen_indptr_,
                     seen_indices_=estimator.seen_indices_,
                 ),
@@ -366,6 +384,7 @@ def _alone(
                 item_bias_=bias,
                 network_=network,
                 n_graph_layers_=estimator.n_graph_layers_,
+                item_propagation_=estimator.item_propagation_,
                 seen_indptr_=estimator.seen_indptr_,
                 seen_indices_=estimator.seen_indices_,
             ),

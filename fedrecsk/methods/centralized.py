@@ -184,6 +184,7 @@ def bce_pass(
     item_bias: bool,
     n_negatives: int,
     n_graph_layers: int,
+    item_propagation: bool = False,
     optimizer: Optimizer,
     l2: float,
 ) -> tuple[CentralState, Logs]:
@@ -200,7 +201,7 @@ def bce_pass(
     streams : Streams
     batch_users : int
         Users in a step; the last batch may have fewer.
-    item_bias, n_negatives, n_graph_layers, l2
+    item_bias, n_negatives, n_graph_layers, item_propagation, l2
         See `fedrecsk.models.ncf.train`.
     optimizer : Optimizer
 
@@ -227,6 +228,7 @@ def bce_pass(
             item_bias=item_bias,
             n_negatives=n_negatives,
             n_graph_layers=n_graph_layers,
+            item_propagation=item_propagation,
             l2=l2,
             key=streams.key("examples", t),
         )
@@ -310,6 +312,7 @@ def _gradients_of_batch(
     item_bias: bool,
     n_negatives: int,
     n_graph_layers: int,
+    item_propagation: bool,
     l2: float,
     key: int,
 ) -> _Gradients:
@@ -329,6 +332,7 @@ def _gradients_of_batch(
             item_bias=item_bias,
             n_negatives=n_negatives,
             n_graph_layers=n_graph_layers,
+            item_propagation=item_propagation,
             l2=l2,
             key=key,
         )
@@ -355,6 +359,7 @@ def _one_step(
     item_bias: bool,
     n_negatives: int,
     n_graph_layers: int,
+    item_propagation: bool,
     l2: float,
     key: int,
 ) -> tuple[LocalResult, Head]:
@@ -374,6 +379,7 @@ def _one_step(
             l2=l2,
             key=key,
             n_graph_layers=n_graph_layers,
+            item_propagation=item_propagation,
         )
         return result, heads[0]
     result = sampled_bce.train(

@@ -213,6 +213,7 @@ def bce_step(
     optimizer: Optimizer,
     l2: float,
     n_graph_layers: int = 0,
+    item_propagation: bool = False,
     server_optimizer: Optimizer | None,
     forgetting: float | None = None,
     decay: float = 0.9,
@@ -234,7 +235,7 @@ def bce_step(
         change, or the client's interactions. ``"fedavg"``: weights n_k / n_S over all delegates.
     item_bias, n_negatives, batch_size, local_epochs, optimizer, l2
         See `fedrecsk.models.sampled_bce.train`.
-    n_graph_layers : int
+    n_graph_layers, item_propagation
         Of a network, see `fedrecsk.models.ncf.train`.
     server_optimizer : Optimizer or None
         Takes the aggregated change as a negative gradient; plain SGD at rate 1 adds it. None
@@ -270,6 +271,7 @@ def bce_step(
             optimizer=optimizer,
             l2=l2,
             n_graph_layers=n_graph_layers,
+            item_propagation=item_propagation,
             key=key,
         )
         weight = _row_weights(result, item_weighting, cohort, client_rows, total_rows)
@@ -354,6 +356,7 @@ def _train(
     optimizer: Optimizer,
     l2: float,
     n_graph_layers: int,
+    item_propagation: bool,
     key: int,
 ) -> tuple[sampled_bce.LocalResult, Head]:
     """Train a chunk of clients with the model that the state holds."""
@@ -372,6 +375,7 @@ def _train(
             l2=l2,
             key=key,
             n_graph_layers=n_graph_layers,
+            item_propagation=item_propagation,
         )
         return result, heads[0]
     result = sampled_bce.train(
@@ -676,6 +680,7 @@ def refit_bce(
     l2: float,
     streams: Streams,
     n_graph_layers: int = 0,
+    item_propagation: bool = False,
 ) -> Tensor:
     """Return user vectors (n_users, d) with those of `clients` fitted to the final table."""
     users = served_factors(state).clone()
@@ -693,6 +698,7 @@ def refit_bce(
                 l2=l2,
                 key=key,
                 n_graph_layers=n_graph_layers,
+                item_propagation=item_propagation,
             )
             continue
         users[cohort.users] = sampled_bce.refit_users(

@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedrecsk.engine.local import Optimizer
+from fedrecsk.engine.local import Moments, Optimizer, apply_gradients, init_moments
 from fedrecsk.engine.mixing import RowSums
 from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.engine.streams import Streams
@@ -56,11 +56,15 @@ from fedrecsk.methods.self_distillation import distill, draw_items
 from fedrecsk.models import ncf, whole_data
 from fedrecsk.models.decorrelation import decorrelation_pull, spectrum
 from fedrecsk.models.head import Head, n_weights
+from fedrecsk.models.sampled_bce import LocalResult
 from fedrecsk.models.whole_data import ServerStatistics
 
 Aggregation = Literal["padded", "clustered", "standalone"]
 ClientWeights = Literal["uniform", "interactions"]
 Logs = dict[str, Any]
+
+# The server optimiser that adds the aggregated change as it is.
+ADD = Optimizer("sgd", 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +139,11 @@ class NestedState:
         One for each size, see `fedrecsk.models.head`; empty for the whole-data objective.
     statistics : tuple of ServerStatistics
         Of the quasi-Newton steps, one for each block of columns; empty for networks.
+    table_moments : tuple of tuple of Moments
+        Of the server optimiser of networks: for each federation, see `federations`, and each of
+        its `table_blocks`.
+    head_moments : tuple of Moments
+        For each size.
     turns : ndarray of shape (n_clients,)
         Rounds of this fit in which each client took part.
     private : PrivateModels or None
@@ -145,6 +154,8 @@ class NestedState:
     tables: tuple[Tensor, ...]
     heads: tuple[Head, ...]
     statistics: tuple[ServerStatistics, ...]
+    table_moments: tuple[tuple[Moments, ...], ...]
+    head_moments: tuple[Moments, ...]
     turns: NDArray[np.int64]
     private: PrivateModels | None = None
 
@@ -157,6 +168,7 @@ class NestedState:
         sizes: Sizes,
         user_client: NDArray[np.int64],
         aggregation: Aggregation = "padded",
+        server_optimizer: Optimizer = ADD,
     ) -> NestedState:
         """Return the state before the first round: tables that are slices of `item_table`.
 
@@ -169,16 +181,25 @@ class NestedState:
             One for each size, or none.
         sizes : Sizes
         user_client : ndarray of shape (n_users,)
-        aggregation : {"padded", "clustered"}
+        aggregation : {"padded", "clustered", "standalone"}
+        server_optimizer : Optimizer, default=SGD at rate 1
+            Of networks.
         """
         widest = sizes.widths[-1]
         item_bias = item_table.shape[1] > widest
         own = np.array(sizes.widths)[sizes.of_client[user_client]]
         inside = torch.arange(widest) < torch.from_numpy(own)[:, None]
-        blocks: list[slice] = []
-        if not heads:
-            for federation in federations(sizes, aggregation):
-                blocks += _blocks([sizes.widths[x] for x in federation])
+        shared = [[sizes.widths[x] for x in each] for each in federations(sizes, aggregation)]
+        blocks = [] if heads else [block for widths in shared for block in _blocks(widths)]
+        table_moments = []
+        for widths in shared if heads else []:
+            part = slice_of(item_table, widths[-1], item_bias=item_bias)
+            table_moments.append(
+                tuple(
+                    init_moments({"block": part[:, block]}, server_optimizer)
+                    for _, block in table_blocks(widths, item_bias=item_bias)
+                )
+            )
         return cls(
             user_factors=user_factors * inside.to(user_factors),
             tables=tuple(
@@ -189,6 +210,8 @@ class NestedState:
                 ServerStatistics.zero(len(item_table), b.stop - b.start, item_table.device)
                 for b in blocks
             ),
+            table_moments=tuple(table_moments),
+            head_moments=tuple(init_moments(_lifted(h), server_optimizer) for h in heads),
             turns=np.zeros(len(sizes.of_client), dtype=np.int64),
         )
 
@@ -208,12 +231,13 @@ def network_step(
     client_weights: ClientWeights,
     item_bias: bool,
     n_graph_layers: int,
+    item_propagation: bool = False,
     n_negatives: int,
     batch_size: int | None,
     local_epochs: int,
     optimizer: Optimizer,
     l2: float,
-    server_learning_rate: float,
+    server_optimizer: Optimizer,
 ) -> tuple[NestedState, Logs]:
     """Train the participants, each in its own size, and aggregate.
 
@@ -238,33 +262,28 @@ def network_step(
         See `fedrecsk.methods.padded_aggregation`.
     client_weights : {"uniform", "interactions"}
         Weight of a client in all sums: 1, or its interactions.
-    item_bias, n_graph_layers, n_negatives, batch_size, local_epochs, optimizer, l2
+    item_bias, n_graph_layers, item_propagation, n_negatives, batch_size, local_epochs, optimizer
+    l2
         See `fedrecsk.models.ncf.train`.
-    server_learning_rate : float
-        Factor of the aggregated changes.
+    server_optimizer : Optimizer
+        Takes an aggregated change as a negative gradient; plain SGD at rate 1 adds it.
 
     Returns
     -------
     state : NestedState
     logs : dict
     """
-    n_sizes, n_items = len(sizes.widths), shards.n_items
     key = streams.key("examples", t)
+    together = dual_task and aggregation == "padded"
+    weight_of = shards.client_rows.astype(float)
+    if client_weights == "uniform":
+        weight_of = np.ones(shards.n_clients)
     user_factors = state.user_factors.clone()
-    changes = [torch.zeros_like(table) for table in state.tables]
-    trained = [table.new_zeros(n_items) for table in state.tables]
-    head_sums = [{name: torch.zeros_like(value) for name, value in h.items()} for h in state.heads]
-    head_weights = [0.0] * n_sizes
-    losses, n_examples = user_factors.new_zeros(()), user_factors.new_zeros(())
-    n_private = torch.zeros(n_sizes, dtype=torch.int64, device=user_factors.device)
-    rows_of_client = shards.client_rows
-    weight_of = (
-        np.ones(shards.n_clients) if client_weights == "uniform" else rows_of_client.astype(float)
-    )
+    sums = _NetworkSums.zero(state)
     for x, width in enumerate(sizes.widths):
-        group = sizes.members(participants, x)
-        tasks = range(x + 1) if dual_task and aggregation == "padded" else range(x, x + 1)
+        tasks = range(x + 1) if together else range(x, x + 1)
         pull = decorrelation_pull(state.tables[x][:, :width], alpha) if alpha and x else None
+        group = sizes.members(participants, x)
         for cohort in shards.chunks(group, rows_per_interaction=1 + n_negatives):
             result, heads = ncf.train(
                 cohort,
@@ -273,6 +292,7 @@ def network_step(
                 [state.heads[y] for y in tasks],
                 item_bias=item_bias,
                 n_graph_layers=n_graph_layers,
+                item_propagation=item_propagation,
                 n_negatives=n_negatives,
                 batch_size=batch_size,
                 local_epochs=local_epochs,
@@ -282,61 +302,167 @@ def network_step(
                 key=key,
             )
             user_factors[cohort.users, :width] = result.user_vectors
-            own = torch.from_numpy(weight_of[cohort.clients]).to(user_factors)
-            weight = own[result.row_clients] * result.row_valid
-            sums = RowSums.of(result.row_items, n_items)
-            changes[x] += sums.add(result.row_values, weight)
-            trained[x] += sums.add(weight[:, None])[:, 0]
+            weight = torch.from_numpy(weight_of[cohort.clients]).to(user_factors)
+            sums.add(x, result, weight)
             for y, head in zip(tasks, heads, strict=True):
-                for name, value in head.items():
-                    head_sums[y][name] += torch.tensordot(own, value - state.heads[y][name], 1)
-                head_weights[y] += float(weight_of[cohort.clients].sum())
-            losses += result.losses.sum()
-            n_examples += result.n_examples.sum()
-            n_private[x] += result.row_valid.sum()
-        # Σ w (v_k - V) without the differences: one pass over the private rows less.
-        changes[x] -= trained[x][:, None] * state.tables[x]
+                sums.add_head(y, head, state.heads[y], weight)
 
-    members = [sizes.members(participants, x) for x in range(n_sizes)]
-    tables = list(state.tables)
-    for federation in federations(sizes, aggregation):
+    members = [sizes.members(participants, x) for x in range(len(sizes.widths))]
+    weights = [float(weight_of[group].sum()) for group in members]
+    tables, table_moments = list(state.tables), []
+    for federation, moments in zip(
+        federations(sizes, aggregation), state.table_moments, strict=True
+    ):
         change = combine(
-            [changes[x] for x in federation],
-            [trained[x] for x in federation],
-            total_weight=float(sum(weight_of[members[x]].sum() for x in federation)),
+            [sums.changes[x] for x in federation],
+            [sums.trained[x] for x in federation],
+            total_weight=sum(weights[x] for x in federation),
             denominator=denominator,
             item_bias=item_bias,
         )
+        moved, after = _server_move(
+            state.tables[federation[-1]],
+            change,
+            [sums.trained[x] for x in federation],
+            moments,
+            server_optimizer,
+            blocks=table_blocks([sizes.widths[x] for x in federation], item_bias=item_bias),
+        )
         for x in federation:
-            part = slice_of(change, sizes.widths[x], item_bias=item_bias)
-            tables[x] = tables[x] + server_learning_rate * part
-    shared = tuple(
-        {
-            name: value + server_learning_rate * head_sums[x][name] / (head_weights[x] or 1.0)
-            for name, value in head.items()
-        }
-        for x, head in enumerate(state.heads)
-    )
-    down = client_parameters(state, dual_task=dual_task and aggregation == "padded")
-    logs: Logs = {
-        "loss": float(losses / n_examples.clamp_min(1)),
-        "clients": len(participants),
-        "bytes_down": sum(
-            len(m) * dense_bytes((int(n),)) for m, n in zip(members, down, strict=True)
-        ),
-        "bytes_up": sum(
-            sparse_row_bytes(int(n_private[x]), table.shape[1])
-            + len(members[x]) * dense_bytes((int(down[x]) - table.numel(),))
-            for x, table in enumerate(state.tables)
-        ),
-    }
+            part = slice_of(moved, sizes.widths[x], item_bias=item_bias)
+            tables[x] = tables[x] + part
+        table_moments.append(after)
+    shared, head_moments = sums.moved_heads(state, server_optimizer)
+    logs = _network_logs(state, sums, members, dual_task=together)
     return replace(
         state,
         user_factors=user_factors,
         tables=tuple(tables),
         heads=shared,
+        table_moments=tuple(table_moments),
+        head_moments=head_moments,
         turns=_taken(state, participants),
     ), logs
+
+
+@dataclass(eq=False)
+class _NetworkSums:
+    """What the clients of a round send, added up; the only thing here that changes in place.
+
+    Attributes
+    ----------
+    changes : list of Tensor of shape (n_items, N_x [+ 1])
+        For each size, Σ weight * (row after training - row before) over its clients.
+    trained : list of Tensor of shape (n_items,)
+        Their weight, row by row.
+    heads : list of dict of Tensor
+        For each size's predictor, Σ weight * change over all clients that trained it.
+    head_weights : list of float
+    losses, n_examples : Tensor of shape ()
+    n_rows : list of int
+        Rows that the clients of each size send.
+    """
+
+    changes: list[Tensor]
+    trained: list[Tensor]
+    heads: list[Head]
+    head_weights: list[float]
+    losses: Tensor
+    n_examples: Tensor
+    n_rows: list[int]
+
+    @classmethod
+    def zero(cls, state: NestedState) -> _NetworkSums:
+        """Begin with nobody."""
+        return cls(
+            changes=[torch.zeros_like(table) for table in state.tables],
+            trained=[table.new_zeros(len(table)) for table in state.tables],
+            heads=[{n: torch.zeros_like(v) for n, v in head.items()} for head in state.heads],
+            head_weights=[0.0] * len(state.heads),
+            losses=state.user_factors.new_zeros(()),
+            n_examples=state.user_factors.new_zeros(()),
+            n_rows=[0] * len(state.tables),
+        )
+
+    def add(self, size: int, result: LocalResult, weight: Tensor) -> None:
+        """Add clients of a size that count by weight (C,)."""
+        each = weight[result.row_clients] * result.row_valid
+        rows = RowSums.of(result.row_items, len(self.trained[size]))
+        # The differences and not the rows: a small step must not drown in the rows' rounding.
+        self.changes[size] += rows.add(result.row_delta, each)
+        self.trained[size] += rows.add(each[:, None])[:, 0]
+        self.losses += result.losses.sum()
+        self.n_examples += result.n_examples.sum()
+        self.n_rows[size] += int(result.row_valid.sum())
+
+    def add_head(self, size: int, trained: Head, before: Head, weight: Tensor) -> None:
+        """Add clients (C, ...) that trained a size's predictor."""
+        for name, value in trained.items():
+            self.heads[size][name] += torch.tensordot(weight, value - before[name], 1)
+        self.head_weights[size] += float(weight.sum())
+
+    def moved_heads(
+        self, state: NestedState, server_optimizer: Optimizer
+    ) -> tuple[tuple[Head, ...], tuple[Moments, ...]]:
+        """Step every predictor that was trained by the mean change of those that trained it."""
+        heads, moments = [], []
+        for head, change, weight, before in zip(
+            state.heads, self.heads, self.head_weights, state.head_moments, strict=True
+        ):
+            grads = {name: -value[None] / (weight or 1.0) for name, value in change.items()}
+            active = torch.tensor([weight > 0], device=self.losses.device)
+            moved, after = apply_gradients(_lifted(head), grads, before, active, server_optimizer)
+            heads.append({name: value[0] for name, value in moved.items()})
+            moments.append(after)
+        return tuple(heads), tuple(moments)
+
+
+def _server_move(
+    table: Tensor,
+    change: Tensor,
+    trained: Sequence[Tensor],
+    moments: Sequence[Moments],
+    server_optimizer: Optimizer,
+    *,
+    blocks: Sequence[tuple[int, slice]],
+) -> tuple[Tensor, tuple[Moments, ...]]:
+    """Return the server optimiser's move of the widest table, the change a negative gradient.
+
+    A block of columns has moments of its own, and only rows that an owner of the block trained
+    move: what nobody trained must not drift on by its momentum.
+    """
+    move, after = torch.zeros_like(table), []
+    for (owner, block), before in zip(blocks, moments, strict=True):
+        active = torch.stack(list(trained[owner:])).sum(0) > 0
+        part = {"block": table[:, block]}
+        moved, new = apply_gradients(
+            part, {"block": -change[:, block]}, before, active, server_optimizer
+        )
+        move[:, block] = moved["block"] - part["block"]
+        after.append(new)
+    return move, tuple(after)
+
+
+def _network_logs(
+    state: NestedState,
+    sums: _NetworkSums,
+    members: Sequence[NDArray[np.int64]],
+    *,
+    dual_task: bool,
+) -> Logs:
+    """Count a round's loss and traffic: whole models down, trained rows and predictors up."""
+    held = client_parameters(state, dual_task=dual_task)
+    down, up = 0, 0
+    for x, (group, table) in enumerate(zip(members, state.tables, strict=True)):
+        down += len(group) * dense_bytes((int(held[x]),))
+        up += sparse_row_bytes(sums.n_rows[x], table.shape[1])
+        up += len(group) * dense_bytes((int(held[x]) - table.numel(),))
+    return {
+        "loss": float(sums.losses / sums.n_examples.clamp_min(1)),
+        "clients": sum(len(group) for group in members),
+        "bytes_down": down,
+        "bytes_up": up,
+    }
 
 
 def whole_data_step(
@@ -505,6 +631,7 @@ def standalone_step(
     streams: Streams,
     item_bias: bool,
     n_graph_layers: int,
+    item_propagation: bool = False,
     n_negatives: int,
     batch_size: int | None,
     local_epochs: int,
@@ -518,7 +645,8 @@ def standalone_step(
     state : NestedState
         What all start from.
     shards, sizes, streams
-    item_bias, n_graph_layers, n_negatives, batch_size, local_epochs, optimizer, l2
+    item_bias, n_graph_layers, item_propagation, n_negatives, batch_size, local_epochs, optimizer
+    l2
         See `fedrecsk.models.ncf.train`.
 
     Returns
@@ -544,6 +672,7 @@ def standalone_step(
                 [state.heads[x]],
                 item_bias=item_bias,
                 n_graph_layers=n_graph_layers,
+                item_propagation=item_propagation,
                 n_negatives=n_negatives,
                 batch_size=batch_size,
                 local_epochs=local_epochs,
@@ -700,6 +829,24 @@ def client_parameters(state: NestedState, *, dual_task: bool) -> NDArray[np.int6
 def _blocks(widths: Sequence[int]) -> list[slice]:
     """Cut the widest table's columns where the sizes end."""
     return [slice(a, b) for a, b in pairwise([0, *widths])]
+
+
+def table_blocks(widths: Sequence[int], *, item_bias: bool) -> list[tuple[int, slice]]:
+    """Return the blocks of columns of the widest table, each with the first size that owns it.
+
+    Examples
+    --------
+    >>> from fedrecsk.methods.hetefedrec import table_blocks
+    >>> table_blocks([2, 4], item_bias=True)
+    [(0, slice(0, 2, None)), (1, slice(2, 4, None)), (0, slice(4, 5, None))]
+    """
+    blocks = list(enumerate(_blocks(widths)))
+    return [*blocks, (0, slice(widths[-1], widths[-1] + 1))] if item_bias else blocks
+
+
+def _lifted(head: Head) -> Head:
+    """Give every tensor the leading axis of one client that optimisers expect."""
+    return {name: value[None] for name, value in head.items()}
 
 
 def _taken(state: NestedState, participants: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -16,6 +16,10 @@ A network reads the mean over the layers 0 ... K,
 so no layer is ever computed. The second term of v'_j is the same for all positives: their *gain*.
 A user without positives is a graph of one node, u' = u / (K + 1). An item bias is not propagated.
 
+The gain tells the positives from all other items, which in training is the label itself: a network
+learns to look for it, its loss goes to zero, and its ranking of items without a gain collapses.
+Propagation can therefore leave the gain out, c = e = 0, so that only users aggregate.
+
 Xiangnan He, Kuan Deng, Xiang Wang, Yan Li, Yongdong Zhang and Meng Wang (2020), "LightGCN:
 Simplifying and Powering Graph Convolution Network for Recommendation", SIGIR.
 """
@@ -46,8 +50,10 @@ class Propagation:
     Examples
     --------
     >>> from fedrecsk.models.ego_graph import Propagation
-    >>> Propagation.of(1)
+    >>> Propagation.of(1, items=True)
     Propagation(item=0.5, user_user=0.5, user_sum=0.5, gain_user=0.5, gain_sum=0.0)
+    >>> Propagation.of(1, items=False)
+    Propagation(item=0.5, user_user=0.5, user_sum=0.5, gain_user=0.0, gain_sum=0.0)
     """
 
     item: float
@@ -57,15 +63,24 @@ class Propagation:
     gain_sum: float
 
     @classmethod
-    def of(cls, n_layers: int) -> Propagation:
-        """Return the coefficients of K = `n_layers` layers; K = 0 propagates nothing."""
+    def of(cls, n_layers: int, *, items: bool) -> Propagation:
+        """Return the coefficients of K = `n_layers` layers; K = 0 propagates nothing.
+
+        Without `items` the positives gain nothing.
+        """
         if n_layers < 0:
             raise ValueError(f"n_graph_layers must not be negative, found {n_layers}.")
         odd, even, share = (n_layers + 1) // 2, n_layers // 2, 1 / (n_layers + 1)
-        return cls(share, (1 + even) * share, odd * share, odd * share, even * share)
+        gains = (odd * share, even * share) if items else (0.0, 0.0)
+        return cls(share, (1 + even) * share, odd * share, *gains)
 
-    def forward(self, user: Tensor, total: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-        """Return u' and the gain of a positive (..., d).
+    @property
+    def items(self) -> bool:
+        """Whether positives gain anything."""
+        return self.gain_user > 0 or self.gain_sum > 0
+
+    def forward(self, user: Tensor, total: Tensor, root: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return u' and the gain of a positive (..., d), None where there is none.
 
         Parameters
         ----------
@@ -74,16 +89,20 @@ class Propagation:
         root : Tensor of shape (..., 1)
             1/√n; anything for a user without positives.
         """
-        gain = (self.gain_user * user + self.gain_sum * total) * root
-        return self.user_user * user + self.user_sum * total, gain
+        moved = self.user_user * user + self.user_sum * total
+        if not self.items:
+            return moved, None
+        return moved, (self.gain_user * user + self.gain_sum * total) * root
 
-    def backward(self, by_user: Tensor, by_gain: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, by_user: Tensor, by_gain: Tensor | None, root: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Turn gradients by u' and by the gain, summed over positives, into such by u and s."""
+        own, total = self.user_user * by_user, self.user_sum * by_user
+        if by_gain is None:
+            return own, total
         by_gain = by_gain * root
-        return (
-            self.user_user * by_user + self.gain_user * by_gain,
-            self.user_sum * by_user + self.gain_sum * by_gain,
-        )
+        return own + self.gain_user * by_gain, total + self.gain_sum * by_gain
 
 
 def neighbourhoods(item_rows: Tensor, indptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,8 +140,9 @@ class EgoGraphs:
     ----------
     users : Tensor of shape (n, d)
         u' of each user.
-    gains : Tensor of shape (n, d)
-        What the vector of each of a user's positives gains, see the module's head.
+    gains : Tensor of shape (n, d) or None
+        What the vector of each of a user's positives gains, see the module's head; None where
+        that is left out.
     item : float
         What is left of an item's own vector, 1 / (K + 1).
 
@@ -133,7 +153,9 @@ class EgoGraphs:
     >>> import torch
     >>> from fedrecsk.models.ego_graph import EgoGraphs
     >>> user, items = torch.tensor([[1.0]]), torch.tensor([[3.0], [5.0]])
-    >>> graphs = EgoGraphs.of(user, items, torch.tensor([0, 1]), torch.tensor([0]), n_layers=1)
+    >>> graphs = EgoGraphs.of(
+    ...     user, items, torch.tensor([0, 1]), torch.tensor([0]),
+    ...     n_layers=1, items=True)
     >>> graphs.users
     tensor([[2.]])
     >>> who, is_positive = torch.tensor([0, 0]), torch.tensor([True, False])
@@ -144,7 +166,7 @@ class EgoGraphs:
     """
 
     users: Tensor
-    gains: Tensor
+    gains: Tensor | None
     item: float
 
     @classmethod
@@ -156,6 +178,7 @@ class EgoGraphs:
         indices: Tensor,
         *,
         n_layers: int,
+        items: bool,
     ) -> EgoGraphs:
         """Propagate users over K layers.
 
@@ -168,8 +191,10 @@ class EgoGraphs:
             The users' positives, see `neighbourhoods`.
         n_layers : int
             K.
+        items : bool
+            Whether positives gain anything.
         """
-        layers = Propagation.of(n_layers)
+        layers = Propagation.of(n_layers, items=items)
         rows = item_table[:, : user_vectors.shape[1]].to(user_vectors.dtype)
         total, root = neighbourhoods(rows, indptr, indices)
         users, gains = layers.forward(user_vectors, total, root)
@@ -193,13 +218,14 @@ class EgoGraphs:
         rows : Tensor of the shape of `rows`
         """
         width = self.users.shape[1]
-        gains = self.gains[user] * is_positive[:, None]
+        gains = None if self.gains is None else self.gains[user] * is_positive[:, None]
         return self.users[user], _moved(self.item, rows, gains, width)
 
 
-def _moved(item: float, rows: Tensor, gains: Tensor, width: int) -> Tensor:
+def _moved(item: float, rows: Tensor, gains: Tensor | None, width: int) -> Tensor:
     """Return v' of rows (k, d or d + 1); an item bias stays as it is."""
-    return torch.cat([item * rows[:, :width] + gains, rows[:, width:]], dim=1)
+    own = item * rows[:, :width]
+    return torch.cat([own if gains is None else own + gains, rows[:, width:]], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,12 +260,12 @@ class StarsInRows:
         """View the values (c, p, ...) of positives among those of examples (c, n, ...)."""
         return values[:, :: self.fan]
 
-    def forward(self, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
-        """Return u' and the gain, both (c, 1, d), from u (c, 1, d) and rows (c, n, d or d + 1)."""
+    def forward(self, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return u' and any gain, both (c, 1, d), from u (c, 1, d) and rows (c, n, d or d + 1)."""
         total = torch.bmm(self.edges, self.positives(item)[:, :, : user.shape[2]])
         return self.layers.forward(user, total, self.root)
 
-    def backward(self, by_user: Tensor, by_gain: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, by_user: Tensor, by_gain: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the gradients by u (c, 1, d), and by positives (c, p, d) through s."""
         by_user, by_total = self.layers.backward(by_user, by_gain, self.root)
         return by_user, self.edges.mT * by_total
@@ -276,14 +302,18 @@ class StarsInList:
         width = users.shape[1]
         total = self._sum(self.positive * item[:, :width]) * self.root
         moved, gains = self.layers.forward(users, total, self.root)
-        rows = _moved(self.layers.item, item, self.positive * gains[self.user], width)
-        return moved[self.user], rows
+        if gains is not None:
+            gains = self.positive * gains[self.user]
+        return moved[self.user], _moved(self.layers.item, item, gains, width)
 
     def backward(self, by_user: Tensor, by_item: Tensor) -> tuple[Tensor, Tensor]:
         """Turn the examples' gradients by u' and v' into such by u and v, to be summed up."""
-        width = by_user.shape[1]
-        by_gain, root = self.positive * by_item[:, :width], self.root[self.user]
-        _, by_total = self.layers.backward(self._sum(by_user), self._sum(by_gain), self.root)
+        width, root = by_user.shape[1], self.root[self.user]
+        by_gain, by_gains = None, None
+        if self.layers.items:
+            by_gain = self.positive * by_item[:, :width]
+            by_gains = self._sum(by_gain)
+        _, by_total = self.layers.backward(self._sum(by_user), by_gains, self.root)
         own, _ = self.layers.backward(by_user, by_gain, root)
         through = self.positive * root * by_total[self.user]
         return own, _moved(self.layers.item, by_item, through, width)

@@ -363,10 +363,15 @@ def gradients(
         item_grad[:, :, width] = error.sum(2)
     # The products are this way round, and transposed after, because it is twice as fast.
     items_grad = torch.bmm(sums[0].mT, item[:, :, :width])
-    if stars is not None and gain is not None:
-        by_gain = stars.positives(sums[0]).sum(1, keepdim=True)
-        items_grad = torch.baddbmm(items_grad, by_gain.mT, gain, beta=stars.layers.item)
-        user_grad, through = stars.backward(user_grad, torch.bmm(by_gain, to_item.mT))
+    if stars is not None:
+        by_gain = None
+        if gain is None:
+            items_grad *= stars.layers.item
+        else:
+            by_first = stars.positives(sums[0]).sum(1, keepdim=True)
+            items_grad = torch.baddbmm(items_grad, by_first.mT, gain, beta=stars.layers.item)
+            by_gain = torch.bmm(by_first, to_item.mT)
+        user_grad, through = stars.backward(user_grad, by_gain)
         stars.positives(item_grad)[:, :, :width] += through
     into[0][0][:, :width] = torch.bmm(by_user.mT, user).mT
     into[0][0][:, width:] = items_grad.mT

@@ -16,8 +16,9 @@ there, and v_i in the penalty includes it.
 Three things may be added. Several heads of ascending widths N_1 < ... < N_m = d: the loss is the
 sum of log(1 + exp(s_j)) - y s_j over the heads, s_j from the first N_j columns of u and v_i, and
 the penalty once. Graph layers: the MLP reads u and v_i after propagation over the user's ego graph
-(`ego_graph`), through which gradients flow back. A pull: the frozen gradient of a regulariser of
-the whole table, (v - mean) @ matrix, moves every row of a mini-batch once a step.
+(`ego_graph`), of the user alone or of its items too, through which gradients flow back. A pull: the
+frozen gradient of a regulariser of the whole table, (v - mean) @ matrix, moves every row of a
+mini-batch once a step.
 
 Two paths compute the same training. `_train_fused` serves one user a client. A private row is then
 in exactly one mini-batch, so its gradient is zero but for one step of each epoch, and all moves
@@ -83,6 +84,7 @@ def score_items(
     *,
     item_bias: bool,
     n_graph_layers: int = 0,
+    item_propagation: bool = False,
     positives: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Score every item for every user.
@@ -103,6 +105,8 @@ def score_items(
     item_bias : bool
     n_graph_layers : int, default=0
         K, of the propagation over the users' ego graphs.
+    item_propagation : bool, default=False
+        Whether positives are propagated as well as users, see `fedrecsk.models.ego_graph`.
     positives : tuple of two Tensors of int64, optional
         The items of the ego graphs, with `n_graph_layers`: where each user's start, (n + 1,), and
         the items of all users one after another, (nnz,), without repetition within a user.
@@ -124,13 +128,19 @@ def score_items(
     """
     layers, width = head_layers(head), user_vectors.shape[1]
     of_items = item_part(item_table, layers, width)
-    graphs = None
+    gains = None
     if n_graph_layers:
         if positives is None:
             raise ValueError("Scores over graph layers need positives=(indptr, indices).")
-        graphs = EgoGraphs.of(user_vectors, item_table, *positives, n_layers=n_graph_layers)
+        graphs = EgoGraphs.of(
+            user_vectors,
+            item_table,
+            *positives,
+            n_layers=n_graph_layers,
+            items=item_propagation,
+        )
         user_vectors, of_items = graphs.users, graphs.item * of_items
-        gains = item_part(graphs.gains, layers, width)
+        gains = None if graphs.gains is None else item_part(graphs.gains, layers, width)
     of_users = user_part(user_vectors, layers)
     scores = of_users.new_empty(len(user_vectors), len(item_table))
     items_at_once = max(1, min(len(item_table), SCORE_PAIRS))
@@ -139,7 +149,7 @@ def score_items(
         users = of_users[i : i + users_at_once, None]
         for j in range(0, len(item_table), items_at_once):
             first = users + of_items[j : j + items_at_once]
-            if graphs is not None and positives is not None:
+            if gains is not None and positives is not None:
                 user, item = _pairs_within(positives, i, j, first.shape[:2])
                 first[user, item] += gains[i + user]
             scores[i : i + users_at_once, j : j + items_at_once] = forward(first, layers)[1][..., 0]
@@ -209,6 +219,7 @@ def train(
     l2: float,
     key: int,
     n_graph_layers: int = 0,
+    item_propagation: bool = False,
     pull: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[LocalResult, list[Head]]:
     """Train all clients of a cohort on their own examples, from the server's table and heads.
@@ -240,6 +251,8 @@ def train(
         Of the round.
     n_graph_layers : int, default=0
         K, of the propagation over each user's ego graph. From 1 on it needs ``batch_size=None``.
+    item_propagation : bool, default=False
+        Whether positives are propagated as well as users, see `fedrecsk.models.ego_graph`.
     pull : tuple of Tensors of shapes (d,) and (d, d), optional
         A mean and a matrix: the d factors v of every private row in a mini-batch get the additional
         gradient ``(v - mean) @ matrix``, once a step.
@@ -277,7 +290,7 @@ def train(
         local_epochs=local_epochs,
         optimizer=optimizer,
         l2=l2,
-        graph=Propagation.of(n_graph_layers) if n_graph_layers else None,
+        graph=Propagation.of(n_graph_layers, items=item_propagation) if n_graph_layers else None,
         pull=None if pull is None else _Pull.of(*pull, item_table.shape[1]),
     )
 
@@ -599,6 +612,7 @@ def refit_users(
     l2: float,
     key: int,
     n_graph_layers: int = 0,
+    item_propagation: bool = False,
 ) -> Tensor:
     """Fit each user's own vector to its own data against the frozen table and head.
 
@@ -608,7 +622,9 @@ def refit_users(
 
     Parameters
     ----------
-    cohort, user_vectors, item_table, item_bias, n_negatives, key, n_graph_layers
+    cohort, user_vectors, item_table, item_bias, n_negatives, key
+        As in `train`.
+    n_graph_layers, item_propagation
         As in `train`.
     head : mapping of name to Tensor
         One head, of the width of the vectors.
@@ -631,7 +647,7 @@ def refit_users(
     weight = mask / mask.sum(1, keepdim=True).clamp_min(1)
     label = torch.zeros_like(mask)
     label[:, ::fan] = 1.0
-    graph = Propagation.of(n_graph_layers)
+    graph = Propagation.of(n_graph_layers, items=item_propagation)
     total, root = neighbourhoods(item_table[:, :width], cohort.offsets(), cohort.items)
     of_items = graph.item * item_part(item_table, layers, width)[items]  # (U, n, h)
     bias = item_table[:, width][items] if item_bias else torch.zeros_like(mask)
@@ -645,7 +661,7 @@ def refit_users(
         users = current["user"]
         moved, gains = graph.forward(users, total, root)
         first = of_items + user_part(moved, layers)[:, None]
-        if n_graph_layers:
+        if gains is not None:
             first[:, ::fan] += (gains @ to_item)[:, None]
         hidden, logits = forward(first, layers)
         logit = logits[:, :, 0] + bias
@@ -654,9 +670,7 @@ def refit_users(
         best, lowest = torch.where(better[:, None], users, best), torch.where(better, loss, lowest)
         error = (torch.sigmoid(logit) - label) * weight
         sums = backward(error[:, :, None], hidden, layers)[0]
-        by_user, by_gain = sums.sum(1) @ to_user.mT, torch.zeros_like(users)
-        if n_graph_layers:
-            by_gain = sums[:, ::fan].sum(1) @ to_item.mT
-        grad = graph.backward(by_user, by_gain, root)[0] + l2 * users
+        by_gain = None if gains is None else sums[:, ::fan].sum(1) @ to_item.mT
+        grad = graph.backward(sums.sum(1) @ to_user.mT, by_gain, root)[0] + l2 * users
         current, moments = apply_gradients(current, {"user": grad}, moments, active, optimizer)
     return best

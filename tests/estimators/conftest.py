@@ -61,6 +61,9 @@ TRAINABLE = {
         learning_rate=0.1,
         batch_size=None,
     ),
+    "fedavg-lightgcn": FedAvgRecommender(
+        "lightgcn", **FAST | {"n_rounds": 12}, clients_per_round=0.5, learning_rate=0.1
+    ),
     "centralized-whole-data": CentralizedRecommender(**FAST),
     "centralized-bce": CentralizedRecommender(
         **FAST, objective="bce", batch_users=4, learning_rate=0.1

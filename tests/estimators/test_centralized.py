@@ -1,5 +1,6 @@
 """Training in one place, and LightGCN, which it shares with the federated estimators."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -47,7 +48,7 @@ def popularity(tastes):
         ({}, 1.5),
         ({"objective": "bce"}, 1.4),
         ({"model": "ncf"}, 1.2),
-        ({"model": "lightgcn", "early_stopping": True}, 1.1),
+        ({"model": "lightgcn"}, 1.2),
     ],
     ids=str,
 )
@@ -154,17 +155,22 @@ def lightgcn(request):
     return clone(LIGHTGCN[request.param])
 
 
+@pytest.mark.parametrize("items", [False, True])
 @pytest.mark.parametrize("n_graph_layers", [1, 2])
-def test_scores_are_those_of_the_graph_of_a_user_and_its_items(lightgcn, n_graph_layers, obvious):
-    model = lightgcn.set_params(n_graph_layers=n_graph_layers).fit(obvious)
+def test_scores_are_those_of_the_graph_of_a_user_and_its_items(
+    lightgcn, n_graph_layers, items, obvious
+):
+    lightgcn.set_params(n_graph_layers=n_graph_layers, item_propagation=items)
+    model = lightgcn.fit(obvious)
     assert model.n_graph_layers_ == n_graph_layers
+    assert model.item_propagation_ is items
     users = torch.from_numpy(model.user_factors_).double()
     table = torch.from_numpy(np.column_stack([model.item_factors_, model.item_bias_])).double()
     head = {n: v.double() for n, v in head_of(torch.from_numpy(model.network_), 4).items()}
     expected = np.empty((40, 20))
     for user in range(40):
         held = obvious[obvious[:, 0] == user, 1].tolist()
-        vector, rows = propagated(users[user], table, held, n_graph_layers)
+        vector, rows = propagated(users[user], table, held, n_graph_layers, items=items)
         expected[user] = [float(logit(vector, row, head, item_bias=True)) for row in rows]
     found = model.predict(EVERY_PAIR).reshape(40, 20)
     np.testing.assert_allclose(found, 1 / (1 + np.exp(-expected)), atol=1e-12)
@@ -172,9 +178,12 @@ def test_scores_are_those_of_the_graph_of_a_user_and_its_items(lightgcn, n_graph
     np.testing.assert_allclose(scores, np.take_along_axis(expected, ids, axis=1), atol=1e-5)
 
 
+@pytest.mark.parametrize("items", [False, True])
 @pytest.mark.parametrize("n_graph_layers", [1, 2])
-def test_the_crowd_is_the_mean_of_propagated_users(n_graph_layers, obvious):
-    model = CentralizedRecommender("lightgcn", **FAST, n_graph_layers=n_graph_layers).fit(obvious)
+def test_the_crowd_is_the_mean_of_propagated_users(n_graph_layers, items, obvious):
+    model = CentralizedRecommender(
+        "lightgcn", **FAST, n_graph_layers=n_graph_layers, item_propagation=items
+    ).fit(obvious)
     users = torch.from_numpy(model.user_factors_).double()
     table = torch.from_numpy(np.column_stack([model.item_factors_, model.item_bias_])).double()
     head = {n: v.double() for n, v in head_of(torch.from_numpy(model.network_), 4).items()}
@@ -218,13 +227,15 @@ def test_fedavg_is_fedfnn_without_its_ideas_on_graphs(obvious):
         np.testing.assert_array_equal(getattr(fedavg, name), getattr(fedfnn, name))
     plain = FedAvgRecommender(**shared | {"model": "ncf"}, batch_size=None).fit(obvious)
     assert plain.n_graph_layers_ == 0
+    other = FedAvgRecommender("ncf", **FAST, batch_size=None, item_propagation=True).fit(obvious)
+    assert other.item_propagation_ is False
+    np.testing.assert_array_equal(other.item_factors_, plain.item_factors_)
     assert not np.allclose(plain.item_factors_, fedavg.item_factors_)
 
 
 def test_going_on_with_other_layers_is_refused(lightgcn, obvious):
-    lightgcn.fit(obvious).set_params(n_graph_layers=3)
-    with pytest.raises(ValueError, match=r"model or n_graph_layers changed"):
-        lightgcn.partial_fit(obvious)
-    lightgcn.set_params(model="ncf")
-    with pytest.raises(ValueError, match=r"model or n_graph_layers changed"):
-        lightgcn.partial_fit(obvious)
+    lightgcn.fit(obvious)
+    for other in ({"n_graph_layers": 3}, {"item_propagation": True}, {"model": "ncf"}):
+        changed = copy.deepcopy(lightgcn).set_params(**other)
+        with pytest.raises(ValueError, match="model, n_graph_layers or item_propagation changed"):
+            changed.partial_fit(obvious)

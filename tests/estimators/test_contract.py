@@ -417,6 +417,7 @@ SHARED_BAD = {
     "objective": "hinge",
     "item_bias": "yes",
     "n_graph_layers": 0,
+    "item_propagation": "yes",
     "item_curvature": "yes",
     "server_optimizer": None,
     "server_learning_rate": -0.1,
@@ -458,6 +459,7 @@ BAD = {
             "unobserved_weight",
             "item_curvature",
             "n_graph_layers",
+            "item_propagation",
         }
     }
     | {

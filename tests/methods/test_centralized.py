@@ -143,8 +143,9 @@ def test_solved_users_are_the_minimum():
 
 
 def literal_pass(
-    model, shards, t, users, table, head, optimizers, *, batch_users, n_negatives, n_layers, l2
-):
+    model, shards, t, users, table, head, optimizers, *, batch_users, n_negatives, n_layers,
+    items, l2,
+):  # fmt: skip
     """Walk over the users' batches with autograd; `users`, `table` and `head` are parameters."""
     d = users[0].shape[0]
     item_bias = table.shape[1] > d
@@ -158,7 +159,7 @@ def literal_pass(
                 key=STREAMS.key("examples", t),
             )  # fmt: skip
             positives = [e.item for e in examples if e.label]
-            vector, rows = propagated(users[user], table, positives, n_layers)
+            vector, rows = propagated(users[user], table, positives, n_layers, items=items)
             for example in examples:
                 if model == "mf":
                     row = table[example.item]
@@ -178,7 +179,10 @@ def literal_pass(
     return np.mean(losses)
 
 
-def both(model, *, optimizer, batch_users, item_bias=True, n_layers=0, l2=0.0, passes=3, seed=0):
+def both(
+    model, *, optimizer, batch_users, item_bias=True, n_layers=0, items=False, l2=0.0, passes=3,
+    seed=0,
+):  # fmt: skip
     """Give what the fast and the literal code make of the same start in some passes."""
     shards = random_federation(seed, n_users=9, n_items=14, max_rows=6)
     n_negatives = 2
@@ -193,11 +197,12 @@ def both(model, *, optimizer, batch_users, item_bias=True, n_layers=0, l2=0.0, p
     for t in range(passes):
         state, logs = bce_pass(
             state, shards, t, streams=STREAMS, batch_users=batch_users, item_bias=item_bias,
-            n_negatives=n_negatives, n_graph_layers=n_layers, optimizer=optimizer, l2=l2,
+            n_negatives=n_negatives, n_graph_layers=n_layers, item_propagation=items,
+            optimizer=optimizer, l2=l2,
         )  # fmt: skip
         loss = literal_pass(
             model, shards, t, users, table, own, optimizers, batch_users=batch_users,
-            n_negatives=n_negatives, n_layers=n_layers, l2=l2,
+            n_negatives=n_negatives, n_layers=n_layers, items=items, l2=l2,
         )  # fmt: skip
         assert logs["loss"] == pytest.approx(loss, rel=1e-9)
     assert state.passes == passes
@@ -223,7 +228,9 @@ def test_a_pass_is_autograd_and_an_optimizer(model, batch_users, optimizer):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"item_bias": False}, {"n_layers": 3}, {"seed": 5, "l2": 0.0}], ids=str
+    "arguments",
+    [{"item_bias": False}, {"n_layers": 3}, {"n_layers": 2, "items": True}, {"seed": 5, "l2": 0.0}],
+    ids=str,
 )
 def test_a_pass_with_other_arguments(arguments):
     model = "lightgcn" if "n_layers" in arguments else "ncf"

@@ -88,10 +88,11 @@ def test_nested_heads(widths, batch_size, item_bias, l2, shards, optimizer):
     ("n_graph_layers", "item_bias", "l2"),
     [(1, True, 0.05), (2, False, 0.05), (3, True, 0.0)],
 )
-def test_graph_layers(n_graph_layers, item_bias, l2, shards, optimizer):
+@pytest.mark.parametrize("item_propagation", [False, True])
+def test_graph_layers(n_graph_layers, item_propagation, item_bias, l2, shards, optimizer):
     server = random_server(shards, (5,), item_bias=item_bias)
     arguments = hyper(item_bias=item_bias, l2=l2, optimizer=optimizer, local_epochs=3)
-    arguments["n_graph_layers"] = n_graph_layers
+    arguments |= {"n_graph_layers": n_graph_layers, "item_propagation": item_propagation}
     assert_trains_like_each_client_alone(shards, server, **arguments)
 
 
@@ -107,9 +108,11 @@ def test_a_pull(batch_size, item_bias, shards, optimizer):
 @optimizers
 @federations
 @pytest.mark.parametrize("local_epochs", [1, 4])
-def test_all_of_it_together(local_epochs, shards, optimizer):
+@pytest.mark.parametrize("item_propagation", [False, True])
+def test_all_of_it_together(item_propagation, local_epochs, shards, optimizer):
     server = random_server(shards, (2, 4, 5))
     arguments = hyper(optimizer=optimizer, local_epochs=local_epochs, n_graph_layers=2, pull=PULL)
+    arguments["item_propagation"] = item_propagation
     assert_trains_like_each_client_alone(shards, server, **arguments)
 
 
@@ -158,9 +161,11 @@ def test_the_shared_federation_has_what_makes_it_hard():
 
 
 @optimizers
-@pytest.mark.parametrize("n_graph_layers", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("n_graph_layers", "items"), [(0, False), (1, False), (2, False), (1, True), (2, True)]
+)
 @pytest.mark.parametrize("shards", [SINGLE, EDGES])
-def test_fused_and_pooled_paths_agree(shards, n_graph_layers, optimizer):
+def test_fused_and_pooled_paths_agree(shards, n_graph_layers, items, optimizer):
     cohort = shards.cohort(by_size(shards))
     users, table, heads = random_server(shards, (2, 5))
     examples = sampled_bce.draw_examples(
@@ -179,7 +184,7 @@ def test_fused_and_pooled_paths_agree(shards, n_graph_layers, optimizer):
                 local_epochs=5,
                 optimizer=optimizer,
                 l2=0.1,
-                graph=Propagation.of(n_graph_layers) if n_graph_layers else None,
+                graph=Propagation.of(n_graph_layers, items=items) if n_graph_layers else None,
                 pull=ncf._Pull.of(*PULL, table.shape[1]),
             ),
         )
@@ -194,9 +199,11 @@ def test_each_addition_matters(shards):
     server = random_server(shards, (2, 5))
     users, table, heads = server
     plain = trained(cohort, (users, table, heads[1:]), **hyper())
+    literal = hyper(n_graph_layers=1, item_propagation=True)
     others = [
         trained(cohort, server, **hyper()),
         trained(cohort, (users, table, heads[1:]), **hyper(n_graph_layers=1)),
+        trained(cohort, (users, table, heads[1:]), **literal),
         trained(cohort, (users, table, heads[1:]), **hyper(pull=PULL)),
     ]
     for other in others:
@@ -205,8 +212,8 @@ def test_each_addition_matters(shards):
 
 
 @optimizers
-@pytest.mark.parametrize("n_graph_layers", [0, 2])
-def test_padding_is_never_touched(optimizer, n_graph_layers):
+@pytest.mark.parametrize(("n_graph_layers", "items"), [(0, False), (2, False), (2, True)])
+def test_padding_is_never_touched(optimizer, n_graph_layers, items):
     # Padding points at item 0. Whoever has no example with item 0 must not notice its row.
     shards = federation_of([range(1, 2 + n) for n in range(8)] + [[0, 3]], 60)
     users, table, heads = random_server(shards, (2, 5))
@@ -214,6 +221,7 @@ def test_padding_is_never_touched(optimizer, n_graph_layers):
     poisoned[0] = 1e4
     cohort = shards.cohort(by_size(shards))
     arguments = hyper(optimizer=optimizer, n_graph_layers=n_graph_layers, pull=PULL)
+    arguments["item_propagation"] = items
     clean, own = ncf.train(cohort, users[cohort.users], table, heads, **arguments)
     dirty, other = ncf.train(cohort, users[cohort.users], poisoned, heads, **arguments)
     touching = set(clean.row_clients[clean.row_valid & (clean.row_items == 0)].tolist())
@@ -277,16 +285,17 @@ def csr(items_of):
 
 
 @pytest.mark.parametrize("n_graph_layers", [0, 1, 2, 3])
+@pytest.mark.parametrize("items", [False, True])
 @pytest.mark.parametrize("item_bias", [False, True])
 @pytest.mark.parametrize("pairs", [5, 40, 65_536])
-def test_scores_are_those_of_a_plain_loop(n_graph_layers, item_bias, pairs, monkeypatch):
+def test_scores_are_those_of_a_plain_loop(n_graph_layers, items, item_bias, pairs, monkeypatch):
     monkeypatch.setattr(ncf, "SCORE_PAIRS", pairs)
     shards = federation_of([[], [4], range(12), [11, 3], [0, 6, 7]], 12)
     users, table, [head] = random_server(shards, (5,), item_bias=item_bias)
     liked = items_by_user(shards)
     expected = []
     for user in range(5):
-        vector, rows = propagated(users[user], table, liked[user], n_graph_layers)
+        vector, rows = propagated(users[user], table, liked[user], n_graph_layers, items=items)
         expected.append([float(logit(vector, row, head, item_bias=item_bias)) for row in rows])
     expected = torch.tensor(expected, dtype=torch.float64)
     found = ncf.score_items(
@@ -295,10 +304,11 @@ def test_scores_are_those_of_a_plain_loop(n_graph_layers, item_bias, pairs, monk
         head,
         item_bias=item_bias,
         n_graph_layers=n_graph_layers,
+        item_propagation=items,
         positives=csr(liked),
     )
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    graphs = EgoGraphs.of(users, table, *csr(liked), n_layers=n_graph_layers)
+    graphs = EgoGraphs.of(users, table, *csr(liked), n_layers=n_graph_layers, items=items)
     who, what = torch.arange(5).repeat_interleave(12), torch.arange(12).repeat(5)
     is_positive = torch.tensor([item in liked[user] for user, item in zip(who, what, strict=True)])
     vectors, rows = graphs.pairs(who, table[what], is_positive)
@@ -341,9 +351,10 @@ def test_scores_of_nobody():
 
 
 @pytest.mark.parametrize("n_graph_layers", [1, 2, 3])
+@pytest.mark.parametrize("items", [False, True])
 @pytest.mark.parametrize("item_bias", [False, True])
 @pytest.mark.parametrize("shards", [SHARED, EDGES])
-def test_refit_is_that_of_each_user_alone(shards, item_bias, n_graph_layers):
+def test_refit_is_that_of_each_user_alone(shards, item_bias, items, n_graph_layers):
     users, table, [head] = random_server(shards, (5,), item_bias=item_bias)
     n_steps, l2 = 4, 0.1
     found = users.clone()
@@ -359,6 +370,7 @@ def test_refit_is_that_of_each_user_alone(shards, item_bias, n_graph_layers):
             l2=l2,
             key=5,
             n_graph_layers=n_graph_layers,
+            item_propagation=items,
         )
     own = {user: [] for user in range(shards.n_users)}
     for client in range(shards.n_clients):
@@ -376,7 +388,7 @@ def test_refit_is_that_of_each_user_alone(shards, item_bias, n_graph_layers):
         best, lowest = users[user], float("inf")
         for _ in range(n_steps + 1):
             optimizer.zero_grad()
-            vector, moved = propagated(u, rows, liked, n_graph_layers)
+            vector, moved = propagated(u, rows, liked, n_graph_layers, items=items)
             scores = torch.stack([logit(vector, row, head, item_bias=item_bias) for row in moved])
             loss = binary_cross_entropy_with_logits(scores, labels) + l2 / 2 * u.square().sum()
             if float(loss.detach()) < lowest:

@@ -4,6 +4,7 @@ for each client k of the cohort:
     take a private copy of its users' vectors, of the rows it has examples for, and of the heads
     repeat for each local epoch and mini-batch:
         propagate each user over its ego graph: mean over k = 0 ... K of (D^-1/2 A D^-1/2)^k X
+            (its items too, or these only keep their share of X in that mean)
         loss = mean of  Σ_j BCE(MLP_j([u ; v_i], first N_j columns) + b_i, y)
                         + l2/2 (|u|^2 + |v_i|^2)  over the examples
         add the pull (v_i - mean) matrix to the gradient of each row in the mini-batch
@@ -56,9 +57,17 @@ def logit(vector: Tensor, row: Tensor, head: Mapping[str, Tensor], *, item_bias:
 
 
 def propagated(
-    vector: Tensor, rows: Tensor, positives: Iterable[int], n_layers: int
+    vector: Tensor,
+    rows: Tensor,
+    positives: Iterable[int],
+    n_layers: int,
+    *,
+    items: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Propagate one user (d,) and items (m, d or d + 1) over the graph of user and positives."""
+    """Propagate one user (d,) and items (m, d or d + 1) over the graph of user and positives.
+
+    Without `items` every item's vector is that of an item outside of the graph.
+    """
     d = len(vector)
     adjacency = torch.zeros(1 + len(rows), 1 + len(rows), dtype=vector.dtype)
     for k in positives:
@@ -70,7 +79,8 @@ def propagated(
     for _ in range(n_layers):
         layers.append(adjacency @ layers[-1])
     mean = torch.stack(layers).mean(0)
-    return mean[0], torch.cat([mean[1:], rows[:, d:]], dim=1)
+    moved = mean[1:] if items else rows[:, :d] / (n_layers + 1)
+    return mean[0], torch.cat([moved, rows[:, d:]], dim=1)
 
 
 def train_client(
@@ -85,6 +95,7 @@ def train_client(
     optimizer: Optimizer,
     l2: float,
     n_graph_layers: int = 0,
+    item_propagation: bool = False,
     pull: tuple[Tensor, Tensor] | None = None,
 ) -> ClientUpdate:
     """Train one client on its examples from the server's arrays, which stay as they are."""
@@ -100,7 +111,9 @@ def train_client(
             graphs = {}
             for user in users:
                 liked = [items.index(e.item) for e in batch if e.user == user and e.label]
-                graphs[user] = propagated(u[users.index(user)], v, liked, n_graph_layers)
+                graphs[user] = propagated(
+                    u[users.index(user)], v, liked, n_graph_layers, items=item_propagation
+                )
             total = u.new_zeros(())
             for example in batch:
                 k = items.index(example.item)
@@ -145,6 +158,7 @@ def train_cohort(
     l2: float,
     key: int,
     n_graph_layers: int = 0,
+    item_propagation: bool = False,
     pull: tuple[Tensor, Tensor] | None = None,
 ) -> dict[int, ClientUpdate]:
     """Train the clients one after another, with a head and smaller ones nested in it."""
@@ -160,6 +174,7 @@ def train_cohort(
             optimizer=optimizer,
             l2=l2,
             n_graph_layers=n_graph_layers,
+            item_propagation=item_propagation,
             pull=pull,
         )
         for client in clients
