@@ -7,6 +7,7 @@ and `SUMMARIES` (README.md) say which. A place stays as it is while there is no 
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import _convergence_report as convergence
+import _sizes_report as sizes
 import accuracy
 import fedfnn_cost as cost
 import fedfnn_sensitivity as sensitivity
@@ -176,6 +178,28 @@ def fedfnn_cost_section(report: Report) -> str:
     return "\n\n".join([*parts, *goals(report)])
 
 
+def hetefedrec_sizes_section(report: Report) -> str:
+    """Quality, curves, costs and claims of every data set and base model."""
+    parts = [origin(report)]
+    for heading, header, rows in sizes.tables_of(report["summary"]):
+        parts += [f"**{heading}**", markdown(header, rows)]
+    return "\n\n".join([*parts, *goals(report)])
+
+
+def hetefedrec_sizes_summary(report: Report) -> str:
+    """One table: NDCG@20 of HeteFedRec, its baselines and the references."""
+    shown = (sizes.HETEFEDREC, *sizes.BASELINES, *sizes.REFERENCES)
+    cells: dict[str, dict[str, str]] = {name: {} for name in shown}
+    columns = []
+    for entry in report["summary"]:
+        columns.append(f"{entry['data']}, {entry['base']}")
+        for name in shown:
+            value = sizes.quality(entry["methods"], name)
+            if not math.isnan(value):
+                cells[name][columns[-1]] = f"{value:.3f}"
+    return _by_data({name: row for name, row in cells.items() if row}, columns)
+
+
 SECTIONS: Places = {
     "accuracy": ("accuracy", accuracy_section),
     "cohort_speed": ("cohort_speed", cohort_speed_section),
@@ -183,11 +207,13 @@ SECTIONS: Places = {
     "fedfnn_cost": ("fedfnn_cost", fedfnn_cost_section),
     "fedfnn_sensitivity": ("fedfnn_sensitivity", fedfnn_sensitivity_section),
     "fedfnn_streaming": ("fedfnn_streaming", fedfnn_streaming_section),
+    "hetefedrec_sizes": ("hetefedrec_sizes", hetefedrec_sizes_section),
     "whole_data": ("whole_data", whole_data_section),
 }
 SUMMARIES: Places = {
     "accuracy": ("accuracy", accuracy_summary),
     "convergence": ("fedfnn_convergence", fedfnn_convergence_summary),
+    "sizes": ("hetefedrec_sizes", hetefedrec_sizes_summary),
     "speed": ("cohort_speed", cohort_speed_summary),
 }
 

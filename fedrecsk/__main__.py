@@ -23,6 +23,7 @@ from fedrecsk import (
     FedAvgRecommender,
     FedFastRecommender,
     FedFNNRecommender,
+    HeteFedRecRecommender,
     PopularityRecommender,
 )
 from fedrecsk.datasets import load_interactions, make_interactions
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Any]] = {
     "fedavg": FedAvgRecommender,
     "fedfast": FedFastRecommender,
     "fedfnn": FedFNNRecommender,
+    "hetefedrec": HeteFedRecRecommender,
 }
 
 # Size of the made-up data: all methods together take seconds.

@@ -31,6 +31,7 @@ common, accuracy = script("_common"), script("accuracy")
 cohort_speed, tables = script("cohort_speed"), script("tables")
 curves, convergence_report = script("_curves"), script("_convergence_report")
 convergence, sensitivity = script("fedfnn_convergence"), script("fedfnn_sensitivity")
+sizes, sizes_report = script("hetefedrec_sizes"), script("_sizes_report")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def data():
 @pytest.fixture
 def only_tiny(monkeypatch, data):
     """Let every script load the tiny data."""
-    for module in (accuracy, cohort_speed, convergence):
+    for module in (accuracy, cohort_speed, convergence, sizes):
         monkeypatch.setattr(module, "load", lambda paths, quick: [data])
 
 
@@ -633,6 +634,343 @@ def test_plot_without_matplotlib_is_refused_at_once(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit, match=r"fedrecsk\[plot\]"):
         sensitivity.main(["--plot", str(tmp_path / "a.png")])
+
+
+# -------------------------------------------------------------------- sizes
+
+NCF = {
+    "base_model": "ncf", "sizes": (2, 4, 8), "n_rounds": 4, "clients_per_round": 10,
+    "local_epochs": 1, "refit": False,
+}  # fmt: skip
+
+
+def ndcg_of(listed, wanted):
+    """NDCG@20 of one list, by its definition."""
+    gains = [1 / np.log2(place + 2) for place, item in enumerate(listed[:20]) if item in wanted]
+    return sum(gains) / sum(1 / np.log2(place + 2) for place in range(min(20, len(wanted))))
+
+
+def sizes_task(method="HeteFedRec", rounds=(2, 4), **params):
+    chosen = {**NCF, "n_rounds": rounds[-1], **params}
+    return sizes.Task("ncf", method, 0, {}, chosen, rounds, tuple(r / 4 for r in rounds))
+
+
+def test_sizes_hold_out_twice(data):
+    split = sizes.Split.of(data, 1)
+    rows = [
+        {tuple(row) for row in part[:, :2]} for part in (split.inner, split.validation, split.test)
+    ]
+    assert sum(map(len, rows)) == len(set().union(*rows)) == len(data.X)
+    assert len(split.clients) == len(split.inner)
+    train, _ = accuracy.split(data, 1)
+    assert rows[0] | rows[1] == {tuple(row) for row in data.X[train, :2]}
+    assert not np.array_equal(split.test, sizes.Split.of(data, 0).test)
+
+
+def test_sizes_mask_what_the_user_had(data):
+    split = sizes.Split.of(data, 0)
+    model = FedFNNRecommender(4, n_rounds=3, random_state=0).fit(split.inner, split.clients)
+    found = sizes.Judge(split)(model)
+    everything, _ = model.recommend(k=60, exclude_seen=False)
+    sides = {"validation": (split.inner, split.validation), "ndcg@20": (None, split.test)}
+    for name, (seen, held_out) in sides.items():
+        seen = np.concatenate([split.inner, split.validation]) if seen is None else seen
+        values = []
+        for user, order in zip(model.user_ids_, everything, strict=True):
+            had = set(seen[seen[:, 0] == user, 1])
+            wanted = set(held_out[held_out[:, 0] == user, 1])
+            if wanted:
+                values.append(ndcg_of([item for item in order if item not in had], wanted))
+        assert found[name] == pytest.approx(np.mean(values))
+
+
+def test_sizes_groups_are_by_interactions(data):
+    split = sizes.Split.of(data, 0)
+    model = FedFNNRecommender(4, n_rounds=3, random_state=0).fit(split.inner, split.clients)
+    found = sizes.Judge(split)(model)
+    groups = found["groups"]
+    n_users = {name: group["n_users"] for name, group in groups.items()}
+    mean = sum(groups[name]["ndcg@20"] * n for name, n in n_users.items()) / sum(n_users.values())
+    assert found["ndcg@20"] == pytest.approx(mean)
+    clients, counts = np.unique(split.clients, return_counts=True)
+    largest = clients[np.argsort(counts, kind="stable")[32:]]  # the last fifth of 40
+    of_largest = split.test[np.isin(split.test[:, 0], data.X[np.isin(data.clients, largest), 0])]
+    assert n_users["large"] == len(np.unique(of_largest[:, 0])) == 8
+    expected = evaluate(
+        sizes.Lists(model, *model.recommend(k=60), split.masked), of_largest, metrics="recall", k=20
+    )
+    assert groups["large"]["recall@20"] == pytest.approx(expected.overall["recall@20"])
+
+
+@pytest.mark.parametrize("method", ["HeteFedRec", "Standalone"])
+def test_sizes_curves_are_those_of_separate_fits(data, method):
+    extra = {"aggregation": "standalone"} if method == "Standalone" else {}
+    run = sizes.one_run(data, sizes_task(method, **extra))
+    split = sizes.Split.of(data, 0)
+    for place, n_rounds in enumerate((2, 4)):
+        model = sizes.HeteFedRecRecommender(
+            **{**NCF, **extra, "n_rounds": n_rounds}, random_state=0
+        ).fit(split.inner, split.clients)
+        found = sizes.Judge(split)(model)
+        for key in ("validation", "ndcg@20", "recall@20"):
+            assert curves.unpack(run[key])[place] == pytest.approx(found[key], abs=1e-5)
+        group = curves.unpack(run["groups"]["small"]["ndcg@20"])[place]
+        assert group == pytest.approx(found["groups"]["small"]["ndcg@20"], abs=1e-5)
+    assert run["diverged"] is False
+    assert json.loads(json.dumps(run)) == run  # comes back from the JSON as it is
+    sent = sum(record["bytes_down"] for record in model.history_)
+    assert run["bytes_down_per_epoch"] == sent  # one epoch in all
+    assert (sent == 0) == (method == "Standalone")
+
+
+def test_sizes_fits_are_put_together_at_the_moments_only(data, monkeypatch):
+    split, asked = sizes.Split.of(data, 0), []
+    recorder = sizes.Recorder((2, 4), lambda model: asked.append(model.n_rounds_) or {})
+    served = []
+    nested = importlib.import_module("fedrecsk.estimators._hetefedrec")
+    refit = nested.refit_users
+    monkeypatch.setattr(
+        nested, "refit_users", lambda *args, **named: served.append(1) or refit(*args, **named)
+    )
+    model = sizes.HeteFedRecRecommender(**NCF, contributors="largest", random_state=0)
+    model.set_callbacks(recorder).fit(split.inner, split.clients)
+    assert asked == [2, 4]
+    assert len(served) == 3  # and once at the end
+
+
+def test_sizes_curves_end_where_training_diverges(data):
+    task = sizes_task(optimizer="sgd", learning_rate=1e6, server_optimizer="sgd")
+    run = sizes.one_run(data, task)
+    assert run["diverged"]
+    assert np.isnan(curves.unpack(run["ndcg@20"])[-1])
+    assert "seconds_per_epoch" not in run
+
+
+def test_sizes_methods_have_the_same_rounds_and_candidates(data):
+    plan = sizes.Plan(epochs=5, cohort=30)
+    for base in sizes.NETWORKS:
+        for method in sizes.METHODS:
+            for candidate in method.candidates(base):
+                task = plan.task(data, base, method, 0, candidate)
+                method.make(**task.params)  # each is accepted
+                if method.federated:
+                    assert len(method.candidates(base)) == 3
+                    # 13 of 40 clients, the most that is at most a third
+                    assert task.params["clients_per_round"] == 13
+                    assert task.rounds == (4, 7, 10, 13, 16)
+                    assert task.epochs == (1, 2, 3, 4, 5)
+                    assert task.params["n_rounds"] == 16
+                    assert task.params["refit"] is False
+    exact = sizes.Plan(epochs=5, cohort=8).task(data, "ncf", sizes.METHODS[0], 0, {})
+    assert exact.rounds == (5, 10, 15, 20, 25)
+    whole = plan.task(data, "mf", sizes.METHODS[0], 0, {})
+    assert whole.rounds == (8, 16, 24, 32, 40)
+    assert "local_epochs" not in whole.params
+
+
+def test_sizes_every_method_runs(data):
+    plan = sizes.Plan(epochs=1, cohort=8, moments=1, central_rounds=1)
+    for base in ("ncf", "mf"):
+        for method in sizes.METHODS:
+            if base not in method.bases or (base == "mf" and method.sweep):
+                continue
+            run = sizes.one_run(data, plan.task(data, base, method, 0, {}))
+            assert 0 <= curves.unpack(run["ndcg@20"])[0] <= 1, method.name
+            assert run["peak_rss_mb"] >= run["rss_before_mb"] > 0
+
+
+def test_sizes_root_keeps_the_correlations():
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(50, 4)) @ rng.normal(size=(4, 4)) + 3.0
+    root = [sizes.pack(row) for row in sizes.root_of(table)]
+    again = sizes_report.table_of(root)
+    assert again.shape == (8, 4)
+    np.testing.assert_allclose(
+        np.corrcoef(again, rowvar=False), np.corrcoef(table, rowvar=False), atol=1e-4
+    )
+
+
+def sizes_run(method, validation, test, *, seed=0, candidate=None, diverged=False, **more):
+    """A run of two moments."""
+    return {
+        "data": "ml-1m", "interactions": 100, "base": "ncf", "method": method, "seed": seed,
+        "candidate": candidate or {}, "epochs": [1, 2], "validation": validation,
+        "ndcg@20": test, "recall@20": test, "diverged": diverged, "peak_rss_mb": 9.0,
+        "rss_before_mb": 4.0,
+        "groups": {g: {"users": 3, "ndcg@20": test, "recall@20": test} for g in sizes.GROUPS},
+        **more,
+    }  # fmt: skip
+
+
+def test_sizes_validation_chooses_moment_and_settings():
+    run = sizes_run("a", "0.3 0.2", "0.1 0.5")
+    best = sizes_report.best_of(run)
+    assert (best["epoch"], best["validation"], best["ndcg@20"]) == (1, 0.3, 0.1)
+    assert best["groups"] == {"small": 0.1, "medium": 0.1, "large": 0.1}
+    assert sizes_report.best_of(sizes_run("a", "nan nan", "nan nan", diverged=True)) is None
+    runs = [
+        sizes_run("a", "0.3 0.2", "0.9 0.9", candidate={"n": 1}),
+        sizes_run("a", "0.1 0.4", "0.1 0.1", candidate={"n": 2}),
+        sizes_run("a", "0.9 nan", "0.9 nan", candidate={"n": 3}, diverged=True),
+    ]
+    chosen = sizes_report.chosen_of(runs)
+    assert chosen["chosen"] == {"n": 2}
+    assert [one["validation"] for one in chosen["tried"]] == [0.3, 0.4, 0.9]
+    assert sizes_report.chosen_of(runs[2:])["chosen"] == {"n": 3}
+
+
+def sizes_summary(runs):
+    names = list(dict.fromkeys(run["method"] for run in runs))
+    tuning = {"ncf": {"ml": {name: {"chosen": {}} for name in names}}}
+    about = {"interactions": 100, "plans": {"ncf": {"epochs": 2}}, "tuned_on": {"ncf": "ml"}}
+    return sizes_report.summary_of(runs, tuning, {"ml-1m": about})
+
+
+def test_sizes_summary_compares_with_the_best_baseline():
+    runs = [
+        sizes_run("HeteFedRec", "0.1 0.2", "0.1 0.3", numbers_mean=50, seconds_per_epoch=70.0,
+                  singular_value_variance=1.0),
+        sizes_run("HeteFedRec", "0.3 0.2", "0.5 0.3", seed=1, numbers_mean=50,
+                  seconds_per_epoch=80.0, singular_value_variance=2.0),
+        sizes_run("All Small", "0.1 0.2", "0.9 0.1"),
+        sizes_run("All Large", "0.1 0.2", "0.1 0.2", numbers_mean=100),
+        sizes_run("All Large", "0.1 0.2", "0.1 0.9", candidate={"other": 1}),
+        sizes_run("popularity", "0.9 0.9", "0.9 0.9"),
+        sizes_run("- decorrelation", "0.1 0.2", "0.1 0.5", singular_value_variance=3.0),
+    ]  # fmt: skip
+    (entry,) = sizes_summary(runs)
+    ours = entry["methods"]["HeteFedRec"]
+    assert ours["ndcg@20"] == [0.3, 0.5]  # each seed at its own moment
+    assert ours["curve"] == "0.30000 0.30000"
+    assert (ours["best_epoch"], ours["seeds"], ours["rss_growth_mb"]) == (1.5, [0, 1], 5.0)
+    assert entry["methods"]["All Large"]["ndcg@20"] == [0.2]  # not of settings not chosen
+    assert entry["lead"] == {"best_baseline": "All Large", "ratio": 2.0}
+    assert [(goal.value, goal.held) for goal in sizes_report.goals_of([entry])] == [
+        (2.0, True), (0.5, True), (75.0, False),
+    ]  # fmt: skip
+    assert [claim[2] for claim in entry["claims"]] == [
+        "+100.0% over All Large", "50%", "1.5 / 3", "-20.0%",
+    ]  # fmt: skip
+
+
+def test_sizes_last_asked_counts():
+    runs = [sizes_run("All Small", "0.1 0.2", f"0.1 0.{n}") for n in (3, 4)]
+    (entry,) = sizes_summary(runs)
+    assert entry["methods"]["All Small"]["ndcg@20"] == [0.4]
+    runs[1]["epochs"] = [5, 10]  # another number of epochs than planned
+    (entry,) = sizes_summary(runs)
+    assert entry["methods"]["All Small"]["ndcg@20"] == [0.3]
+    assert entry["lead"] is None
+    assert sizes_report.goals_of([entry]) == []
+
+
+@pytest.fixture
+def counted(monkeypatch, only_tiny):
+    """Run in this process, and list what is run; breaks down at the number in the list."""
+    done, breaks = [], []
+    monkeypatch.setattr(sizes, "LOCAL_EPOCHS", 1)
+
+    def run_all(data, tasks, jobs):
+        for task in tasks:
+            if len(done) in breaks:
+                raise KeyboardInterrupt
+            done.append((task.method, task.seed, len(task.candidate)))
+            yield sizes.one_run(data, task)
+
+    monkeypatch.setattr(sizes, "run_all", run_all)
+    return done, breaks
+
+
+def test_sizes_go_on_where_they_were_interrupted(counted, tmp_path):
+    done, breaks = counted
+    out = tmp_path / "sizes.json"
+    words = ["--seeds", "2", "--epochs", "1", "--methods", "All Small", "--out", str(out)]
+    breaks.append(2)
+    with pytest.raises(KeyboardInterrupt):
+        sizes.main(words)
+    assert len(json.loads(out.read_text())["runs"]) == 2
+    breaks.clear()
+    assert sizes.main(words) == 0
+    report = json.loads(out.read_text())
+    chosen = report["tuning"]["ncf"]["tiny"]["All Small"]["chosen"]
+    tuned = [("All Small", 0, len(candidate)) for candidate in sizes.CANDIDATES]
+    assert done == [*tuned, ("All Small", 1, len(chosen))]
+    assert len(report["runs"]) == 4
+    assert len(report["commands"]) == 1
+    assert len(report["summary"][0]["methods"]["All Small"]["ndcg@20"]) == 2
+    sizes.main(words)
+    assert len(done) == 4  # nothing is run again
+    sizes.main([*words, "--methods", "popularity"])
+    assert done[4:] == [("popularity", 0, 0), ("popularity", 1, 0)]
+    report = json.loads(out.read_text())
+    assert len(report["commands"]) == 2
+    assert set(report["summary"][0]["methods"]) == {"All Small", "popularity"}
+    with pytest.raises(SystemExit, match=r"results of hours; give --quick another"):
+        sizes.main(["--quick", "--out", str(out)])
+    sizes.main(["--seeds", "1", "--methods", "popularity", "--fresh", "--out", str(out)])
+    assert len(json.loads(out.read_text())["runs"]) == 1
+
+
+def test_sizes_carry_settings_over(counted, data, monkeypatch, tmp_path):
+    done, _ = counted
+    other = common.Data("other", data.X[:-3], data.clients[:-3])
+    monkeypatch.setattr(sizes, "load", lambda paths, quick: [data, other])
+    out = tmp_path / "sizes.json"
+    words = ["--seeds", "1", "--epochs", "1", "--out", str(out)]
+    sizes.main([*words, "--methods", "All Small"])
+    report = json.loads(out.read_text())
+    chosen = report["tuning"]["ncf"]["tiny"]["All Small"]["chosen"]
+    assert len(done) == 4
+    assert [run["candidate"] for run in report["runs"] if run["data"] == "other"] == [chosen]
+    tried = report["tuning"]["ncf"]["tiny"]["All Small"]["tried"]
+    assert max(tried, key=lambda one: one["validation"])["params"] == chosen
+    # Later, on the second data set alone: what was tuned is known, anything else is not.
+    monkeypatch.setattr(sizes, "load", lambda paths, quick: [other])
+    sizes.main([*words, "--methods", "All Small"])
+    assert len(done) == 4
+    with pytest.raises(SystemExit, match=r"All Large \(ncf\) were not tuned on tiny"):
+        sizes.main([*words, "--methods", "All Large"])
+    sizes.main([*words, "--methods", "All Large", "--tune-each"])
+    assert len(done) == 7
+
+
+def test_sizes_run_in_processes_of_their_own(data):
+    task = sizes_task("popularity", rounds=(0,))
+    here = sizes.one_run(data, task)
+    # Pickled by name, which a new process must find; a script's folder is on its path.
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        (run,) = sizes.run_all(data, [task], 1)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    assert run["ndcg@20"] == here["ndcg@20"]
+
+
+def test_sizes_runs_and_writes(only_tiny, tmp_path, capsys):
+    out, figures = tmp_path / "hetefedrec_sizes.json", tmp_path / "images"
+    words = ["--quick", "--out", str(out)]
+    for name in ("HeteFedRec", "- decorrelation", "All Small", "All Large"):
+        words += ["--methods", name]
+    if importlib.util.find_spec("matplotlib"):
+        words += ["--figures", str(figures)]
+    assert sizes.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "tiny, ncf: quality, at the moment that validation chose" in printed
+    report = json.loads(out.read_text())
+    assert report["goals"] == []
+    assert str(tmp_path) not in out.read_text()
+    assert "--methods '- decorrelation'" in report["command"]
+    assert len(report["runs"]) == 4 * 2  # two candidates
+    drawn = ["hetefedrec_curves.png", "hetefedrec_groups.png", "hetefedrec_spectrum.png"]
+    assert sorted(path.name for path in figures.glob("*")) == drawn * ("--figures" in words)
+    text = "<!-- hetefedrec_sizes -->\n<!-- /hetefedrec_sizes -->"
+    filled = tables.rewrite(text, {"hetefedrec_sizes": report}, tables.SECTIONS)
+    assert filled.count("| - decorrelation | ") == 3  # quality, curve, costs
+    assert "| epoch 1 | epoch 2 |" in filled
+    summary = "<!-- sizes -->\n<!-- /sizes -->"
+    filled = tables.rewrite(summary, {"hetefedrec_sizes": report}, tables.SUMMARIES)
+    value = np.mean(report["summary"][0]["methods"]["All Small"]["ndcg@20"])
+    assert f"| All Small | {value:.3f} |" in filled
 
 
 # ------------------------------------------------------------------- tables

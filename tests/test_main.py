@@ -64,10 +64,8 @@ def test_built_in_data_all_methods(small, capsys):
     assert table["popularity"]["rounds"] == 1
     assert table["fedavg"]["MB down"] > 0
     lines = err.splitlines()  # not a terminal: whole lines, one a round here
-    expected = [("Popularity", 1, 1)]
-    expected += [
-        (name, t, 3) for name in ("Centralized", "FedAvg", "FedFast", "FedFNN") for t in (1, 2, 3)
-    ]
+    trained = ("Centralized", "FedAvg", "FedFast", "FedFNN", "HeteFedRec")
+    expected = [("Popularity", 1, 1), *((name, t, 3) for name in trained for t in (1, 2, 3))]
     assert len(lines) == len(expected)
     for line, (name, done, n_rounds) in zip(lines, expected, strict=True):
         assert line.startswith(f"[{name}Recommender] round {done}/{n_rounds}  loss ")

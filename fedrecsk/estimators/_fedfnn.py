@@ -49,11 +49,10 @@ ServerOptimizerName = OptimizerName | Literal["auto", "newton"]
 # What "auto" stands for, by objective; chosen in pilots, see benchmarks.
 AUTO_BCE_L2 = {"newton": 0.02, "plain": 0.01}
 AUTO_INIT_SCALE = {"whole-data": 0.01, "bce": 0.1}
-# By model, with objective="bce".
-AUTO_LEARNING_RATE = {"mf": 0.1, "ncf": 0.01, "lightgcn": 0.01}
-AUTO_OPTIMIZER: dict[str, OptimizerName] = {"mf": "sgd", "ncf": "adam", "lightgcn": "adam"}
-# A step of LightGCN propagates over all of a client's positives.
-AUTO_BATCH_SIZE = {"mf": 64, "ncf": 64, "lightgcn": None}
+# Of networks, by optimiser. Adam on the server wants the sum of the clients' plain gradients, and
+# a server that adds changes wants clients that make some way on their own.
+AUTO_NETWORK_RATE = {"sgd": 0.3, "momentum": 0.03, "adam": 0.01}
+AUTO_ADAM_SERVER_RATE = {"mf": 0.05, "ncf": 0.1, "lightgcn": 0.1}
 # Descent steps of a refit with objective="bce".
 REFIT_STEPS = 20
 # Decay of the server's running averages in quasi-Newton steps.
@@ -121,10 +120,12 @@ class FedFNNRecommender(BaseRecommender):
     local_epochs : int, default=5
         Passes over a client's own examples in a round (``"bce"``).
     learning_rate : float or "auto", default="auto"
-        Of local training (``"bce"``): 0.1 for ``"mf"``, 0.01 for the networks.
+        Of local training (``"bce"``): 0.1 for ``"mf"``; for networks 0.3 with ``"sgd"``, 0.03
+        with ``"momentum"`` and 0.01 with ``"adam"``.
     batch_size : int, None or "auto", default="auto"
         Examples in a local step (``"bce"``); None takes all of a client's at once, which
-        ``"lightgcn"`` needs. ``"auto"``: 64, None for ``"lightgcn"``.
+        ``"lightgcn"`` needs. ``"auto"``: 64 for ``"mf"``, and for ``"ncf"`` unless the server
+        uses Adam; else None.
     n_negatives : int, default=4
         Unseen items drawn per interaction, anew each round (``"bce"``).
     l2 : float or "auto", default="auto"
@@ -143,8 +144,8 @@ class FedFNNRecommender(BaseRecommender):
     init_scale : float or "auto", default="auto"
         Standard deviation of the random start; 0.01 for ``"whole-data"``, 0.1 for ``"bce"``.
     optimizer : {"auto", "sgd", "momentum", "adam"}, default="auto"
-        Of local training (``"bce"``): ``"sgd"``, which has the fastest path, for ``"mf"``, and
-        ``"adam"`` for the networks.
+        Of local training (``"bce"``): ``"sgd"``, but ``"adam"`` for networks whose server does not
+        use it.
     item_weighting : {"count", "magnitude", "interactions", "fedavg"}, default="count"
         How the server weighs the changes of one item by several delegates (``"bce"``): equally,
         by the size of the change, by the client's number of interactions; ``"fedavg"`` divides
@@ -160,10 +161,10 @@ class FedFNNRecommender(BaseRecommender):
         What the server makes of the clients' changes (``"bce"``). ``"newton"`` fits every item's
         step to the curvature that its clients amount to; it needs ``model="mf"``, local
         ``"sgd"``, ``item_weighting="count"`` and one user a client, and is what ``"auto"`` takes
-        where it can; else ``"sgd"``.
+        where it can; else ``"sgd"``, and ``"adam"`` for networks.
     server_learning_rate : float or "auto", default="auto"
-        ``"auto"``: 1 for ``"bce"`` with ``"sgd"`` (adds the change), 0.05 with momentum and Adam;
-        for ``"newton"`` (share of the old evidence that a round forgets) and ``"whole-data"`` it
+        ``"auto"``: 1 for ``"bce"`` with ``"sgd"`` (adds the change), 0.05 with momentum and Adam,
+        0.1 with Adam for networks; for ``"newton"`` (share of the old evidence that a round forgets) and ``"whole-data"`` it
         follows from the participation and falls over the rounds.
     predictor : {"linear", "mlp", "mean", "cluster"} or None, default="linear"
         Meta-network; ``"mlp"`` is the paper's. None turns prediction off. A predicted vector
@@ -516,7 +517,8 @@ def simulate_fedfnn(
     check_objective(model, objective)
     layers = n_graph_layers if model == "lightgcn" else 0
     of_items = bool(item_propagation) and model == "lightgcn"
-    examples_per_step = AUTO_BATCH_SIZE[model] if batch_size == "auto" else batch_size
+    if server_optimizer == "auto" and model != "mf":
+        server_optimizer = "adam"
     streams = Streams.from_random_state(random_state)
     sizes = len(data), data.n_users, data.n_items
     scale = AUTO_INIT_SCALE[objective] if init_scale == "auto" else float(init_scale)
@@ -530,13 +532,11 @@ def simulate_fedfnn(
     shards = make_shards(data, rows, resolve_device(device))
     size = cohort_size(clients_per_round, data.n_clients)
     bias = item_bias and objective == "bce"
-    local = Optimizer(
-        AUTO_OPTIMIZER[model] if optimizer == "auto" else optimizer,
-        AUTO_LEARNING_RATE[model] if learning_rate == "auto" else float(learning_rate),
-    )
+    local, examples_per_step = _local(model, optimizer, learning_rate, batch_size, server_optimizer)
     server = _server(
         server_optimizer,
         server_learning_rate,
+        model,
         newton_fits=model == "mf"
         and local.name == "sgd"
         and item_weighting == "count"
@@ -686,8 +686,31 @@ def simulate_fedfnn(
         )
 
 
+def _local(
+    model: ModelName,
+    optimizer: OptimizerName | Literal["auto"],
+    rate: float | Literal["auto"],
+    batch_size: int | Literal["auto"] | None,
+    server: ServerOptimizerName,
+) -> tuple[Optimizer, int | None]:
+    """Resolve the clients' optimiser and examples in a step, which depend on the server's."""
+    plain = model == "mf" or server == "adam"
+    if optimizer == "auto":
+        optimizer = "sgd" if plain else "adam"
+    if rate == "auto":
+        rate = 0.1 if model == "mf" else AUTO_NETWORK_RATE[optimizer]
+    if batch_size == "auto":
+        # A step of LightGCN propagates over all of a client's positives.
+        batch_size = 64 if model == "mf" or (model == "ncf" and not plain) else None
+    return Optimizer(optimizer, float(rate)), batch_size
+
+
 def _server(
-    name: ServerOptimizerName, rate: float | Literal["auto"], *, newton_fits: bool
+    name: ServerOptimizerName,
+    rate: float | Literal["auto"],
+    model: ModelName,
+    *,
+    newton_fits: bool,
 ) -> Optimizer | None:
     """Resolve the server's optimiser; None is the quasi-Newton step."""
     if name == "newton" and not newton_fits:
@@ -700,5 +723,5 @@ def _server(
         return None
     plain: OptimizerName = "sgd" if name == "auto" else name
     if rate == "auto":
-        rate = 1.0 if plain == "sgd" else 0.05
+        rate = {"sgd": 1.0, "momentum": 0.05, "adam": AUTO_ADAM_SERVER_RATE[model]}[plain]
     return Optimizer(plain, float(rate))

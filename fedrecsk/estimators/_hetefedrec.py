@@ -56,7 +56,7 @@ AUTO_DUAL_TASK = True
 AUTO_ALPHA = 0.01
 AUTO_DISTILL_FRACTION = 0.1
 AUTO_LEARNING_RATE = {"sgd": 0.3, "momentum": 0.03, "adam": 0.01}
-AUTO_SERVER_LEARNING_RATE = {"sgd": 1.0, "momentum": 1.0, "adam": 0.03}
+AUTO_SERVER_LEARNING_RATE = {"sgd": 1.0, "momentum": 1.0, "adam": 0.1}
 AUTO_L2 = 0.01
 AUTO_INIT_SCALE = {"mf": 0.01, "ncf": 0.1, "lightgcn": 0.1}
 STATISTICS_DECAY = 0.9
@@ -158,7 +158,7 @@ default=None
         Of networks: takes the aggregated change as a negative gradient. ``"sgd"`` at rate 1 adds
         it, as the paper does.
     server_learning_rate : float or "auto", default="auto"
-        "auto": 0.03 with ``"adam"``, otherwise 1; for ``"mf"`` it follows from the participation.
+        "auto": 0.1 with ``"adam"``, otherwise 1; for ``"mf"`` it follows from the participation.
     refit : bool, default=True
         Whether every user fits its own vector to the final model before inference.
     report_every : int or None, default=1
@@ -380,10 +380,11 @@ default=None
         if self.early_stopping:
             rows, validation = hold_out(data, self.validation_fraction, streams)
         shards = make_shards(data, rows, device)
+        group_sizes, group_ratio = self._groups(previous)
         assignment = assign_sizes(
             data,
-            sizes=self.sizes if previous is None else previous["group_sizes_"].tolist(),
-            group_ratio=self.group_ratio if previous is None else previous["group_ratio_"].tolist(),
+            sizes=group_sizes,
+            group_ratio=group_ratio,
             client_sizes=self.client_sizes,
             streams=streams,
             device=device,
@@ -414,17 +415,17 @@ default=None
             self.aggregation,
             self._server_optimizer,
         )
-        first_round = 0
+        first_round = int(self.n_rounds_) if go_on else 0
         if previous is not None:
             state = take_over(
                 state,
                 data,
                 sizes,
                 previous,
+                group_sizes=assignment.sizes,
                 n_graph_layers=self._graph_layers,
                 item_propagation=self._propagates_items,
             )
-            first_round = int(previous["n_rounds_"])
         contributors = np.arange(data.n_clients)
         if self.contributors == "largest":
             contributors = np.flatnonzero(assignment.group == assignment.group.max())
@@ -436,7 +437,9 @@ default=None
             if network
             else self._of_whole_data(data, shards, sizes)
         )
-        distills = network and several and not alone and self._distill_fraction > 0
+        # Distillation would join what clustered federations keep apart.
+        distills = self.aggregation == "padded" and several and self._distill_fraction > 0
+        distills = distills and network
 
         def step(state: NestedState, t: int) -> tuple[NestedState, Logs]:
             rng = streams.numpy("sampling", t)
@@ -494,6 +497,21 @@ default=None
                 n_iter_no_change=self.n_iter_no_change,
                 tol=self.tol,
             )
+
+    def _groups(
+        self, previous: Attributes | None
+    ) -> tuple[Sequence[int] | Literal["auto"], Sequence[float] | Literal["auto"]]:
+        """Return `sizes` and `group_ratio`; what an earlier fit has chosen is kept."""
+        if previous is None:
+            return self.sizes, self.group_ratio
+        chosen = tuple(previous["group_sizes_"].tolist())
+        if isinstance(self.sizes, str):
+            known = True
+        else:
+            known = isinstance(self.group_ratio, str) and tuple(sorted(set(self.sizes))) == chosen
+        if not known:
+            return self.sizes, self.group_ratio
+        return chosen, tuple(previous["group_ratio_"].tolist())
 
     def _check_mechanisms(self) -> None:
         """Refuse what a base model has no use for, rather than leave it out in silence."""
@@ -622,7 +640,7 @@ default=None
                 participants,
                 t,
                 sizes=sizes,
-                dual_task=self.dual_task is True,
+                dual_task=self.dual_task != "auto" and bool(self.dual_task),
                 aggregation=self.aggregation,
                 unobserved_weight=weight,
                 penalty=penalty,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,7 +130,7 @@ def fit_nested(
 
         stopping = EarlyStopping(evaluate=evaluate, n_iter_no_change=n_iter_no_change, tol=tol)
 
-    return run_factors(
+    fitted = run_factors(
         watch,
         step=step,
         start=start,
@@ -139,6 +139,15 @@ def fit_nested(
         first_round=first_round,
         early_stopping=stopping,
     )
+    # The largest size is looked at already; clustered or alone, another may go astray by itself.
+    for name in ("item_tables_", "item_biases_", "network_", "private_rows_", "private_networks_"):
+        if not np.isfinite(fitted[name]).all():
+            raise FloatingPointError(
+                "Training diverged: a smaller or a private model is not finite in round "
+                f"{first_round + len(fitted['history_'])}. Lower learning_rate or "
+                "server_learning_rate, or raise l2."
+            )
+    return fitted
 
 
 def _fitted(users: Tensor, state: NestedState, sizes: Sizes) -> Attributes:
@@ -196,17 +205,19 @@ def take_over(
     sizes: Sizes,
     previous: Attributes,
     *,
+    group_sizes: Sequence[int],
     n_graph_layers: int,
     item_propagation: bool,
 ) -> NestedState:
     """Put what an earlier fit left in the places of known users and items.
 
-    New ones keep their random start, and so do the columns of a client that has grown.
+    New ones keep their random start, and so do the columns of a client that has grown. A size
+    that nobody had before, as there were too few clients, takes its first columns from the widest.
     """
-    if previous["sizes_"].tolist() != list(sizes.widths):
+    if set(previous["group_sizes_"].tolist()) != set(group_sizes):
         raise ValueError(
-            f"Cannot go on from sizes {tuple(previous['sizes_'].tolist())} with {sizes.widths}. "
-            "Fit anew with warm_start=False."
+            f"Cannot go on from sizes {tuple(previous['group_sizes_'].tolist())} with "
+            f"{tuple(group_sizes)}. Fit anew with warm_start=False."
         )
     graph = (previous["n_graph_layers_"], previous["item_propagation_"])
     if (len(previous["network_"]) > 0) != bool(start.heads) or graph != (
@@ -222,7 +233,8 @@ def take_over(
     kept = np.zeros(len(own), dtype=np.int64)
     kept[known] = np.minimum(own[known], previous["user_sizes_"][codes[known]])
     old = np.zeros((len(own), sizes.widths[-1]), dtype=np.float32)
-    old[known] = previous["user_factors_"][codes[known]]
+    common = previous["user_factors_"][codes[known], : old.shape[1]]
+    old[known, : common.shape[1]] = common
     inside = torch.from_numpy(np.arange(sizes.widths[-1]) < kept[:, None])
     users = torch.where(
         inside.to(start.user_factors.device),
@@ -232,23 +244,27 @@ def take_over(
     codes, known = Vocabulary(previous["item_ids_"]).encode(data.items.ids)
     places, codes = torch.from_numpy(np.flatnonzero(known)), codes[known]
     tables = []
-    for x, (table, width) in enumerate(zip(start.tables, sizes.widths, strict=True)):
-        new, bias = table.clone(), previous["item_biases_"][x]
-        new[places, :width] = torch.from_numpy(previous["item_tables_"][x][codes, :width]).to(new)
+    before: list[int] = previous["sizes_"].tolist()
+    for table, width in zip(start.tables, sizes.widths, strict=True):
+        y = before.index(width) if width in before else -1
+        new, bias = table.clone(), previous["item_biases_"][y]
+        common = previous["item_tables_"][y][codes, : min(width, before[y])]
+        new[places, : common.shape[1]] = torch.from_numpy(common).to(new)
         if new.shape[1] > width:
             # A bias of zero would rank above everything that is trained; nobody knows better.
             new[:, width] = float(bias.mean())
             new[places, width] = torch.from_numpy(bias[codes]).to(new)
         tables.append(new)
+    networks = dict(zip(before, split_networks(previous), strict=True))
     return replace(
         start,
         user_factors=users,
         tables=tuple(tables),
         heads=tuple(
-            {n: v.to(like[n]) for n, v in head_of(torch.tensor(old_head), width).items()}
-            for old_head, like, width in zip(
-                split_networks(previous), start.heads, sizes.widths, strict=False
-            )
+            {n: v.to(like[n]) for n, v in head_of(torch.tensor(networks[width]), width).items()}
+            if width in networks
+            else like
+            for like, width in zip(start.heads, sizes.widths, strict=False)
         ),
         statistics=_statistics_before(start, places, codes, previous),
     )
@@ -258,7 +274,14 @@ def _statistics_before(
     start: NestedState, places: Tensor, codes: NDArray[np.int64], previous: Attributes
 ) -> tuple[ServerStatistics, ...]:
     """Put what the server knew of known items in their places; new items have no evidence."""
-    if len(previous["user_gram_weight_"]) != len(start.statistics):
+    # Narrower blocks are filled up with zeros, and blocks have other columns than before where the
+    # sizes have changed, or the aggregation.
+    before = [np.count_nonzero(np.diagonal(gram)) for gram in previous["user_gram_"]]
+    now = [len(fresh.gram) for fresh in start.statistics]
+    known = previous["user_gram_weight_"] > 0
+    if len(before) != len(now) or any(
+        there and old != new for there, old, new in zip(known, before, now, strict=True)
+    ):
         return start.statistics
     statistics = []
     for x, fresh in enumerate(start.statistics):

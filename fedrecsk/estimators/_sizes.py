@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -84,7 +85,9 @@ def assign_sizes(
         distinct, group, counts = np.unique(columns, return_inverse=True, return_counts=True)
         shares = tuple(float(share) for share in counts / len(columns))
         return Assignment(columns, group, tuple(int(size) for size in distinct), shares)
-    if sizes == "auto" or group_ratio == "auto":
+    if not isinstance(sizes, str):
+        sizes = _widths(sizes)
+    if isinstance(sizes, str) or isinstance(group_ratio, str):
         sizes, group_ratio = _chosen(data, sizes, group_ratio, streams, device)
     if len(sizes) != len(group_ratio):
         raise ValueError(
@@ -93,7 +96,7 @@ def assign_sizes(
         )
     if (np.diff(sizes) < 0).any():
         raise ValueError(
-            f"sizes must ascend, found {tuple(sizes)!r}: groups are sorted from the clients with "
+            f"sizes must ascend, found {sizes!r}: groups are sorted from the clients with "
             "the fewest interactions to those with the most."
         )
     group = size_groups(np.diff(data.client_indptr), group_ratio)
@@ -101,25 +104,42 @@ def assign_sizes(
     return Assignment(
         np.asarray(sizes, dtype=np.int64)[group],
         group,
-        tuple(int(size) for size in sizes),
+        sizes,
         tuple(float(share) / total for share in group_ratio),
     )
 
 
+def _widths(sizes: Sequence[Any]) -> tuple[int, ...]:
+    """Read the sizes of groups, which a caller may give as any sequence or array."""
+    for size in sizes:
+        whole = isinstance(size, Integral) and not isinstance(size, bool | np.bool_)
+        if not whole or size < 1:
+            raise ValueError(
+                f"sizes holds {size!r}; a size is the number of columns of a model, an integer of "
+                "at least 1."
+            )
+    return tuple(int(size) for size in sizes)
+
+
 def _chosen(
     data: Interactions,
-    sizes: Sequence[int] | Literal["auto"],
+    sizes: tuple[int, ...] | Literal["auto"],
     group_ratio: Sequence[float] | Literal["auto"],
     streams: Streams,
     device: torch.device,
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Choose sizes, shares or both by what each size is worth to validation clients."""
+    if data.user_counts.max() < 2:
+        raise ValueError(
+            'sizes="auto" and group_ratio="auto" hold out a part of every user\'s interactions, '
+            "and every user here has one. Give both."
+        )
     candidates = CANDIDATE_SIZES if sizes == "auto" else tuple(sorted(set(sizes)))
     quality, clients = _quality_of_sizes(data, candidates, streams, device)
     counts = np.diff(data.client_indptr)
     if sizes != "auto":
         return candidates, auto_ratio(quality, counts[clients], candidates)
-    if group_ratio == "auto":
+    if isinstance(group_ratio, str):
         return auto_sizes(quality, counts[clients], candidates)
     # Each group by itself, and no group smaller than one that has less data.
     group = size_groups(counts, group_ratio)[clients]

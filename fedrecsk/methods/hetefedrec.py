@@ -531,30 +531,35 @@ def whole_data_step(
             # A row carries the pull on the item, its count and its curvatures.
             logs["bytes_up"] += sparse_row_bytes(n_sent, d + 1 + n_curvatures)
             logs["bytes_up"] += len(group) * dense_bytes((d, d))
-        # In dual task a user counts once for each size that it solves in.
-        times = [place + 1 if dual_task else 1 for place in range(len(federation))]
-        owners = [int(users_of_size[x]) * n for x, n in zip(federation, times, strict=True)]
+        # Of each block; in dual task a user counts once for each of its sizes that has the block.
+        owners = [
+            sum(
+                int(users_of_size[x]) * (more + 1 if dual_task else 1)
+                for more, x in enumerate(federation[place:])
+            )
+            for place in range(len(federation))
+        ]
         moved = table.clone()
         for place, block in enumerate(blocks):
             if not sums.n_owners[place]:
                 continue  # nobody who has these columns took part
             rate = server_learning_rate
             if rate is None:
-                rate = whole_data.default_rate(sums.total.n_users / sum(owners), t)
+                rate = whole_data.default_rate(sums.total.n_users / owners[0], t)
             number = federation[place]
             moved[:, block], statistics[number] = whole_data.server_step(
                 table,
                 state.statistics[number],
                 replace(sums.total, counts=sums.counts[place], curvature=sums.curvature[place]),
-                n_users=sum(owners),
+                n_users=owners[0],
                 unobserved_weight=unobserved_weight,
                 penalty=penalty,
-                mean_rows=len(shards.items) / shards.n_items * sum(owners) / shards.n_users,
+                mean_rows=len(shards.items) / shards.n_items * owners[0] / shards.n_users,
                 rate=rate,
                 decay=decay,
                 item_curvature=item_curvature,
                 columns=block,
-                n_owners=sum(owners[place:]),
+                n_owners=owners[place],
             )
         for x, block in zip(federation, blocks, strict=True):
             tables[x] = moved[:, : block.stop]

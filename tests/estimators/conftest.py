@@ -12,12 +12,14 @@ from fedrecsk import (
     FedAvgRecommender,
     FedFastRecommender,
     FedFNNRecommender,
+    HeteFedRecRecommender,
     PopularityRecommender,
 )
 
 N_USERS, N_ITEMS = 40, 20
 
 FAST = {"n_factors": 4, "n_rounds": 8, "random_state": 0}
+FAST_SIZES = {"sizes": (2, 4, 8), "n_rounds": 8, "random_state": 0}
 TRAINABLE = {
     "fedfnn-whole-data": FedFNNRecommender(**FAST),
     # Without refit the predicted vectors count, and users are as old as their last round.
@@ -74,6 +76,18 @@ TRAINABLE = {
     "centralized-lightgcn": CentralizedRecommender(
         "lightgcn", **FAST, batch_users=4, learning_rate=0.1
     ),
+    "hetefedrec-mf": HeteFedRecRecommender(**FAST_SIZES),
+    **{
+        f"hetefedrec-{base}": HeteFedRecRecommender(
+            base,
+            **FAST_SIZES,
+            clients_per_round=0.5,
+            local_epochs=3,
+            batch_size=batch_size,
+            server_learning_rate=0.05,
+        )
+        for base, batch_size in (("ncf", 32), ("lightgcn", None))
+    },
     "fedavg-bce": FedAvgRecommender(**FAST),
     "fedavg-whole-data": FedAvgRecommender(**FAST, objective="whole-data"),
 }
@@ -84,7 +98,7 @@ TRAINABLE_ON = {
     for device in DEVICES
 }
 ALL = {"popularity": PopularityRecommender(), **TRAINABLE_ON}
-TYPICAL = ("popularity", "fedfnn-whole-data", "fedfnn-bce-linear", "fedavg-bce")
+TYPICAL = ("popularity", "fedfnn-whole-data", "fedfnn-bce-linear", "fedavg-bce", "hetefedrec-mf")
 
 
 def pytest_generate_tests(metafunc):
@@ -112,6 +126,12 @@ def estimator(case):
 def typical(case):
     """An unfitted estimator, one of a few, for tests of what all of them share."""
     return clone(ALL[case])
+
+
+@pytest.fixture(scope="session")
+def n_columns():
+    """Give a function that says how many columns an estimator's vectors have."""
+    return lambda estimator: max(getattr(estimator, "sizes", None) or (estimator.n_factors,))
 
 
 @pytest.fixture

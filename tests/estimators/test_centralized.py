@@ -221,7 +221,11 @@ def test_fedavg_is_fedfnn_without_its_ideas_on_graphs(obvious):
     shared = {**FAST, "model": "lightgcn", "objective": "bce", "n_graph_layers": 2}
     fedavg = FedAvgRecommender(**shared).fit(obvious)
     fedfnn = FedFNNRecommender(
-        **shared, predictor=None, item_weighting="fedavg", sampling="uniform"
+        **shared,
+        predictor=None,
+        item_weighting="fedavg",
+        sampling="uniform",
+        server_optimizer="sgd",
     ).fit(obvious)
     for name in ("user_factors_", "item_factors_", "item_bias_", "network_"):
         np.testing.assert_array_equal(getattr(fedavg, name), getattr(fedfnn, name))

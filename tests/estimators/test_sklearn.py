@@ -24,7 +24,13 @@ from sklearn.preprocessing import OrdinalEncoder
 from sklearn.utils import estimator_html_repr
 from sklearn.utils.estimator_checks import check_estimator
 
-from fedrecsk import FedAvgRecommender, FedFNNRecommender, PopularityRecommender
+from fedrecsk import (
+    CentralizedRecommender,
+    FedAvgRecommender,
+    FedFNNRecommender,
+    HeteFedRecRecommender,
+    PopularityRecommender,
+)
 from fedrecsk.datasets import make_interactions
 from fedrecsk.estimators._sklearn import EXPECTED_FAILED_CHECKS
 from fedrecsk.metrics import evaluate, ranking_scorer
@@ -69,6 +75,9 @@ def halves(interactions):
         FedFNNRecommender(n_rounds=2, objective="bce", predictor="linear"),
         FedAvgRecommender(n_rounds=2),
         FedAvgRecommender(n_rounds=2, objective="whole-data", early_stopping=False),
+        CentralizedRecommender(n_rounds=2),
+        HeteFedRecRecommender(n_rounds=2),
+        HeteFedRecRecommender("ncf", n_rounds=1, local_epochs=1),
     ],
     ids=repr,
 )
@@ -91,8 +100,15 @@ def test_checks_of_scikit_learn(estimator):
 # ---------------------------------------------------------------- searches and splits
 
 
+def widths(estimator):
+    """Two widths of the vectors to choose from, under the name that the estimator has for them."""
+    if hasattr(estimator, "sizes"):
+        return {"sizes": [(2, 3, 4), (4, 6, 8)]}
+    return {"n_factors": [2, 8]}
+
+
 def grid_search(estimator, **kwargs):
-    grid = {"n_factors": [2, 8], "n_rounds": [1, 6]}
+    grid = {**widths(estimator), "n_rounds": [1, 6]}
     if isinstance(estimator, PopularityRecommender):
         grid = {"min_rating": [None, 4]}
     return GridSearchCV(estimator, grid, cv=PerUserHoldout(random_state=0), **kwargs)
@@ -266,7 +282,7 @@ def test_pipeline_with_an_encoder(typical, named):
 def test_search_over_a_pipeline(typical, named):
     X, client_ids = named
     step = type(typical).__name__.lower()
-    values = {"min_rating": [None]} if step.startswith("pop") else {"n_factors": [2, 8]}
+    values = {"min_rating": [None]} if step.startswith("pop") else widths(typical)
     search = GridSearchCV(
         pipeline(typical),
         {f"{step}__{name}": each for name, each in values.items()},
