@@ -51,23 +51,6 @@ def uniform_cohort(n_clients: int, size: int, rng: np.random.Generator) -> NDArr
     return np.sort(chosen).astype(np.int64)
 
 
-def epoch_cohorts(n_clients: int, size: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """Shuffle all clients and cut them into cohorts, so that an epoch visits each one once.
-
-    Parameters
-    ----------
-    n_clients, size : int
-    rng : numpy.random.Generator
-
-    Returns
-    -------
-    list of ndarray
-        Cohorts of `size` clients, the last one possibly smaller.
-    """
-    order = rng.permutation(n_clients).astype(np.int64)
-    return [np.sort(order[start : start + size]) for start in range(0, n_clients, size)]
-
-
 def epoch_cohort(
     turns: NDArray[np.int64], size: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:

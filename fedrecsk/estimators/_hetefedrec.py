@@ -185,7 +185,7 @@ default=None
         Columns of each client's model.
     client_groups_ : ndarray of shape (n_clients,), int64
         Group of each client, 0 the one with the fewest interactions or the smallest size. With
-        ``dict(zip(model.client_ids_, model.client_groups_))`` as `groups`,
+        ``dict(zip(model.user_ids_, model.client_groups_[model.user_clients_]))`` as `groups`,
         `fedrecsk.metrics.evaluate` reports each of them.
     client_parameters_ : ndarray of shape (n_clients,), int64
         Numbers that a client holds in common with others, and that travel to it each round.

@@ -359,7 +359,7 @@ class _NetworkSums:
         For each size's predictor, Σ weight * change over all clients that trained it.
     head_weights : list of float
     losses, n_examples : Tensor of shape ()
-    n_rows : list of int
+    n_rows : Tensor of shape (n_sizes,), int64
         Rows that the clients of each size send.
     """
 
@@ -369,7 +369,7 @@ class _NetworkSums:
     head_weights: list[float]
     losses: Tensor
     n_examples: Tensor
-    n_rows: list[int]
+    n_rows: Tensor
 
     @classmethod
     def zero(cls, state: NestedState) -> _NetworkSums:
@@ -381,7 +381,9 @@ class _NetworkSums:
             head_weights=[0.0] * len(state.heads),
             losses=state.user_factors.new_zeros(()),
             n_examples=state.user_factors.new_zeros(()),
-            n_rows=[0] * len(state.tables),
+            n_rows=torch.zeros(
+                len(state.tables), dtype=torch.int64, device=state.user_factors.device
+            ),
         )
 
     def add(self, size: int, result: LocalResult, weight: Tensor) -> None:
@@ -393,7 +395,7 @@ class _NetworkSums:
         self.trained[size] += rows.add(each[:, None])[:, 0]
         self.losses += result.losses.sum()
         self.n_examples += result.n_examples.sum()
-        self.n_rows[size] += int(result.row_valid.sum())
+        self.n_rows[size] += result.row_valid.sum()
 
     def add_head(self, size: int, trained: Head, before: Head, weight: Tensor) -> None:
         """Add clients (C, ...) that trained a size's predictor."""
@@ -452,10 +454,10 @@ def _network_logs(
 ) -> Logs:
     """Count a round's loss and traffic: whole models down, trained rows and predictors up."""
     held = client_parameters(state, dual_task=dual_task)
-    down, up = 0, 0
+    n_rows, down, up = sums.n_rows.tolist(), 0, 0
     for x, (group, table) in enumerate(zip(members, state.tables, strict=True)):
         down += len(group) * dense_bytes((int(held[x]),))
-        up += sparse_row_bytes(sums.n_rows[x], table.shape[1])
+        up += sparse_row_bytes(n_rows[x], table.shape[1])
         up += len(group) * dense_bytes((int(held[x]) - table.numel(),))
     return {
         "loss": float(sums.losses / sums.n_examples.clamp_min(1)),

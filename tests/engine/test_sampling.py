@@ -4,7 +4,6 @@ import pytest
 from fedrecsk.engine.sampling import (
     cohort_size,
     epoch_cohort,
-    epoch_cohorts,
     stratified_cohort,
     uniform_cohort,
 )
@@ -53,21 +52,6 @@ def test_uniform_cohort_takes_all_clients_and_pairs_equally_often():
     assert_equally_often(np.diag(together), trials, size / n_clients)
     pairs = together[np.triu_indices(n_clients, 1)]
     assert_equally_often(pairs, trials, size * (size - 1) / (n_clients * (n_clients - 1)))
-
-
-@pytest.mark.parametrize(("n_clients", "size"), [(10, 3), (9, 3), (5, 8), (1, 1)])
-def test_epoch_cohorts_visit_every_client_once(n_clients, size):
-    cohorts = epoch_cohorts(n_clients, size, np.random.default_rng(0))
-    assert sorted(np.concatenate(cohorts)) == list(range(n_clients))
-    assert [len(cohort) for cohort in cohorts[:-1]] == [size] * (len(cohorts) - 1)
-    assert 1 <= len(cohorts[-1]) <= size
-    assert all((np.diff(cohort) > 0).all() for cohort in cohorts)
-
-
-def test_epoch_cohorts_are_shuffled():
-    first = [epoch_cohorts(10, 5, np.random.default_rng(s))[0].tolist() for s in range(400)]
-    counts = np.bincount(np.concatenate(first), minlength=10)
-    assert_equally_often(counts, 400, 0.5)
 
 
 @pytest.mark.parametrize(
