@@ -164,8 +164,8 @@ class FedFNNRecommender(BaseRecommender):
         where it can; else ``"sgd"``, and ``"adam"`` for networks.
     server_learning_rate : float or "auto", default="auto"
         ``"auto"``: 1 for ``"bce"`` with ``"sgd"`` (adds the change), 0.05 with momentum and Adam,
-        0.1 with Adam for networks; for ``"newton"`` (share of the old evidence that a round forgets) and ``"whole-data"`` it
-        follows from the participation and falls over the rounds.
+        0.1 with Adam for networks; for ``"newton"`` (share of the old evidence that a round
+        forgets) and ``"whole-data"`` it follows from the participation and falls over the rounds.
     predictor : {"linear", "mlp", "mean", "cluster"} or None, default="linear"
         Meta-network; ``"mlp"`` is the paper's. None turns prediction off. A predicted vector
         that nobody would read is not computed: where `refit` lets every user fit its own at the
