@@ -28,22 +28,19 @@ from fedrecsk.estimators._nested import (
 )
 from fedrecsk.estimators._sizes import assign_sizes
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
-from fedrecsk.methods.hetefedrec import (
+from fedrecsk.methods.hetefedrec import ClientWeights, distillation_step, network_step
+from fedrecsk.methods.nested_state import (
     SPECTRUM,
     Aggregation,
-    ClientWeights,
     Logs,
     NestedState,
     Sizes,
-    distillation_step,
-    network_step,
     refit_users,
-    refit_whole_data,
     spectrum_of,
-    standalone_step,
-    whole_data_step,
 )
+from fedrecsk.methods.nested_whole_data import refit_whole_data, whole_data_step
 from fedrecsk.methods.padded_aggregation import Denominator
+from fedrecsk.methods.standalone import standalone_step
 from fedrecsk.models import ncf, whole_data
 from fedrecsk.models.factors import random_factors
 from fedrecsk.models.head import Head, init_head

@@ -24,13 +24,7 @@ from fedrecsk.estimators._factors import (
     score_table,
 )
 from fedrecsk.estimators._sizes import Assignment
-from fedrecsk.methods.hetefedrec import (
-    Logs,
-    NestedState,
-    PrivateModels,
-    Sizes,
-    client_parameters,
-)
+from fedrecsk.methods.nested_state import Logs, NestedState, PrivateModels, Sizes, client_parameters
 from fedrecsk.models.head import flat_head, head_of, network_size
 from fedrecsk.models.whole_data import ServerStatistics
 

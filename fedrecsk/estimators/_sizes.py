@@ -17,13 +17,8 @@ from fedrecsk.data.partition import auto_ratio, auto_sizes, client_capacities, s
 from fedrecsk.engine.sampling import epoch_cohort
 from fedrecsk.engine.streams import Streams
 from fedrecsk.estimators._factors import hold_out, make_shards
-from fedrecsk.methods.hetefedrec import (
-    NestedState,
-    Sizes,
-    refit_users,
-    refit_whole_data,
-    whole_data_step,
-)
+from fedrecsk.methods.nested_state import NestedState, Sizes, refit_users
+from fedrecsk.methods.nested_whole_data import refit_whole_data, whole_data_step
 from fedrecsk.models import whole_data
 from fedrecsk.models.factors import random_factors
 

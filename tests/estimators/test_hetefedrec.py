@@ -17,8 +17,9 @@ from fedrecsk.datasets import make_interactions
 from fedrecsk.engine import shards as shards_module
 from fedrecsk.engine.local import Optimizer
 from fedrecsk.engine.streams import Streams
-from fedrecsk.estimators._factors import make_shards
-from fedrecsk.methods.hetefedrec import NestedState, Sizes
+from fedrecsk.estimators import _hetefedrec, _sizes
+from fedrecsk.estimators._factors import hold_out, make_shards
+from fedrecsk.methods.nested_state import NestedState, Sizes
 from fedrecsk.metrics import evaluate
 from fedrecsk.model_selection import PerUserHoldout
 from fedrecsk.models.factors import random_factors
@@ -201,6 +202,26 @@ def test_small_sizes_are_chosen_where_they_are_enough(tastes):
     assert model.group_sizes_.max() > 4
 
 
+@pytest.mark.parametrize(
+    ("best", "expected"),
+    [((0, 1, 2), [4, 8, 16]), ((2, 0, 1), [16, 16, 16]), ((0, 3, 0), [4, 32, 32])],
+    ids=str,
+)
+def test_no_group_has_a_smaller_size_than_one_with_less(best, expected, skewed, monkeypatch):
+    """Each group's best size counts, and what the groups before it have."""
+    group = np.repeat([0, 1, 2], [40, 24, 16])
+
+    def planted(*_):
+        quality = np.full((80, 5), 0.1)
+        for number, column in enumerate(best):
+            quality[group == number, column] = 0.9
+        return quality, np.arange(80)
+
+    monkeypatch.setattr(_sizes, "_quality_of_sizes", planted)
+    model = HeteFedRecRecommender(**FAST | {"sizes": "auto", "n_rounds": 1}).fit(skewed)
+    assert model.group_sizes_.tolist() == expected
+
+
 def test_choosing_sizes_needs_rows_to_hold_out():
     rows = [[user, user % 3] for user in range(9)]
     with pytest.raises(ValueError, match=r"hold out a part .* every user here has one"):
@@ -227,9 +248,9 @@ def test_equal_sizes_are_one_size(base, dual_task, skewed):
 def test_one_size_is_fedavg(base, skewed):
     shared = {"n_rounds": 4, "random_state": 0, "device": "cpu", "sampling": "uniform"}
     shared |= {"clients_per_round": 0.3, "learning_rate": 0.2, "init_scale": 0.1, "l2": 0.01}
-    shared |= {"local_epochs": 2, "batch_size": None, "server_optimizer": "sgd"}
+    shared |= {"local_epochs": 2, "batch_size": None, "optimizer": "sgd"}
     # Fitting users keeps the best of several vectors: near ties would be decided by rounding.
-    shared |= {"server_learning_rate": 0.5, "refit": base == "mf"}
+    shared |= {"server_optimizer": "sgd", "server_learning_rate": 0.5, "refit": base == "mf"}
     ours = HeteFedRecRecommender(
         base, sizes=(6,), group_ratio=(1,), denominator="clients", **shared
     ).fit(skewed)
@@ -531,6 +552,25 @@ def test_columns_of_a_size_that_is_new_continue_the_old_ones(obvious):
     )
 
 
+@pytest.mark.parametrize("base", ["mf", "ncf"])
+def test_clients_that_change_their_size_keep_the_columns_in_common(base, skewed):
+    arguments = {**FAST, "refit": False, "group_ratio": (2, 1, 1)}
+    old = HeteFedRecRecommender(base, **arguments).fit(skewed)
+    model = clone(old).fit(skewed).set_params(group_ratio=(1, 1, 2), n_rounds=1)
+    model.set_params(clients_per_round=1).partial_fit(skewed)
+    before, after = old.user_sizes_, model.user_sizes_
+    assert (after > before).any()
+    inside = np.arange(8) < after[:, None]
+    assert (model.user_factors_[inside] != 0).all()  # what is new begins at random
+    assert (model.user_factors_[~inside] == 0).all()
+    common = np.arange(8) < np.minimum(before, after)[:, None]
+    same = np.where(common, model.user_factors_ == old.user_factors_, True).all(axis=1)
+    assert same.sum() == 79  # all but the one that has trained
+    model.set_params(group_ratio=(8, 1, 1)).partial_fit(skewed)
+    assert (model.user_sizes_ < after).any()
+    assert (model.user_factors_[np.arange(8) >= model.user_sizes_[:, None]] == 0).all()
+
+
 def test_statistics_of_other_blocks_are_forgotten(skewed):
     """Another aggregation cuts the columns otherwise."""
     model = HeteFedRecRecommender(**FAST).fit(skewed)
@@ -555,6 +595,23 @@ def test_early_stopping_returns_the_best(base):
     exact = HeteFedRecRecommender(base, **arguments | {"n_rounds": best}).fit(X)
     for name in NETWORKS:
         np.testing.assert_array_equal(getattr(exact, name), getattr(stopped, name), err_msg=name)
+    if base == "lightgcn":  # which knows all rows once it is fitted
+        return
+    # The watched number once more, user by user, from what was returned.
+    train, validation = hold_out(stopped._interactions, 0.1, Streams(0))
+    held = ~train
+    codes = stopped._interactions
+    assert len(set(stopped.user_sizes_[validation.users])) == 3
+    ids, _ = stopped.recommend(k=50, exclude_seen=False)
+    found = []
+    for user in validation.users:
+        order = np.searchsorted(stopped.item_ids_, ids[user])
+        seen = set(codes.item[train & (codes.user == user)])
+        truth = set(codes.item[held & (codes.user == user)])
+        ranked = [item for item in order if item not in seen][:20]
+        gain = sum(1 / np.log2(place + 2) for place, item in enumerate(ranked) if item in truth)
+        found.append(gain / sum(1 / np.log2(place + 2) for place in range(min(20, len(truth)))))
+    assert np.mean(found) == pytest.approx(max(values), abs=1e-6)
 
 
 @BASE
@@ -595,8 +652,6 @@ def test_divergence_names_round_and_parameter(wild, report_every, aggregation, s
 
 def test_divergence_of_a_small_federation_by_itself_is_noticed(skewed, monkeypatch):
     """The largest size, which every fit looks at, is sound."""
-    from fedrecsk.estimators import _hetefedrec
-
     step = _hetefedrec.network_step
 
     def spoiled(*args, **named):

@@ -9,22 +9,20 @@ from fedrecsk.engine import shards as shards_module
 from fedrecsk.engine.local import Optimizer
 from fedrecsk.engine.sampling import uniform_cohort
 from fedrecsk.engine.streams import Streams
-from fedrecsk.methods import fedfnn, hetefedrec
-from fedrecsk.methods.hetefedrec import (
+from fedrecsk.methods import fedfnn
+from fedrecsk.methods.hetefedrec import distillation_step, network_step
+from fedrecsk.methods.nested_state import (
     NestedState,
     Sizes,
     client_parameters,
-    distillation_step,
     federations,
-    network_step,
     refit_users,
-    refit_whole_data,
     spectrum_of,
-    standalone_step,
-    whole_data_step,
 )
+from fedrecsk.methods.nested_whole_data import refit_whole_data, whole_data_step
 from fedrecsk.methods.self_distillation import draw_items
-from fedrecsk.models import whole_data
+from fedrecsk.methods.standalone import standalone_step
+from fedrecsk.models import ncf, whole_data
 from fedrecsk.models.head import flat_head, head_of, init_head
 from tests.reference import hetefedrec_reference as reference
 from tests.reference import ncf_reference, whole_data_reference
@@ -744,19 +742,23 @@ def test_a_step_leaves_its_state_alone_and_can_be_repeated(shards, begin, step):
 @STEPS
 @pytest.mark.parametrize("dual_task", [False, True])
 def test_rounds_do_not_depend_on_chunks(shards, begin, step, dual_task, monkeypatch):
-    calls = Counter()
+    calls, most = Counter(), 6
+    fan = 1 + LOCAL["n_negatives"] if step is network else 1
 
     def counting(name, function):
-        def call(*args, **named):
+        def call(cohort, *args, **named):
             calls[name] += 1
-            return function(*args, **named)
+            rows = cohort.client_rows if step is network else cohort.counts
+            padded = len(rows) * int(max(rows)) * fan
+            assert padded <= shards_module.CPU_CHUNK_ROWS or len(rows) == 1
+            return function(cohort, *args, **named)
 
         return call
 
-    for module, name in ((hetefedrec.ncf, "train"), (hetefedrec.whole_data, "solve_users")):
+    for module, name in ((ncf, "train"), (whole_data, "solve_users")):
         monkeypatch.setattr(module, name, counting(step.__name__, getattr(module, name)))
     states, logs, counts = [], [], []
-    for rows in (100_000, 6):
+    for rows in (100_000, most):
         monkeypatch.setattr(shards_module, "CPU_CHUNK_ROWS", rows)
         calls.clear()
         state = begin(shards)
@@ -778,7 +780,7 @@ def test_users_that_are_fitted_do_not_depend_on_chunks(neural, monkeypatch):
     clients = np.arange(0, SINGLE.n_clients, 2)
 
     def of_network(cohort, users, table, head):
-        return hetefedrec.ncf.refit_users(
+        return ncf.refit_users(
             cohort, users, table, head, item_bias=True, n_negatives=2, n_steps=4, l2=0.02, key=7
         )
 

@@ -1,0 +1,262 @@
+"""The state of a federation of several sizes, and what all ways to train it share.
+
+A narrow table is the first columns of a wide one. `hetefedrec` trains networks over it,
+`nested_whole_data` a factorisation, and in `standalone` every client is alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedrecsk.engine.local import Moments, Optimizer, init_moments
+from fedrecsk.engine.shards import ClientShards, Cohort
+from fedrecsk.methods.padded_aggregation import slice_of
+from fedrecsk.models.decorrelation import spectrum
+from fedrecsk.models.head import Head, n_weights
+from fedrecsk.models.whole_data import ServerStatistics
+
+Aggregation = Literal["padded", "clustered", "standalone"]
+Logs = dict[str, Any]
+
+# The server optimiser that adds the aggregated change as it is.
+ADD = Optimizer("sgd", 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes:
+    """The sizes of a federation and who has which.
+
+    Attributes
+    ----------
+    widths : tuple of int
+        N_1 < ... < N_l, columns of the tables.
+    of_client : ndarray of shape (n_clients,), int64
+        Place in `widths` of each client's size.
+    """
+
+    widths: tuple[int, ...]
+    of_client: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, client_sizes: NDArray[np.int64]) -> Sizes:
+        """Read the number of columns (n_clients,) that each client has.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fedrecsk.methods.nested_state import Sizes
+        >>> sizes = Sizes.of(np.array([8, 32, 8]))
+        >>> sizes.widths, sizes.of_client.tolist()
+        ((8, 32), [0, 1, 0])
+        """
+        widths, place = np.unique(client_sizes, return_inverse=True)
+        return cls(tuple(int(width) for width in widths), place.astype(np.int64))
+
+    def members(self, clients: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """Return those of `clients` that have the size at a place in `widths`."""
+        chosen: NDArray[np.int64] = clients[self.of_client[clients] == size]
+        return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class PrivateModels:
+    """What clients hold that share nothing: the start, but for the rows that they trained.
+
+    Attributes
+    ----------
+    indptr : ndarray of shape (n_clients + 1,)
+        Where each client's rows start.
+    items : ndarray of shape (K,)
+        Item of each row.
+    rows : ndarray of shape (K, N_l + 1)
+        Its vector, zero beyond the client's size, and its bias.
+    networks : ndarray of shape (n_clients, P)
+        Each client's predictor, its weights first.
+    """
+
+    indptr: NDArray[np.int64]
+    items: NDArray[np.int64]
+    rows: NDArray[np.float32]
+    networks: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class NestedState:
+    """The state of a federation of several sizes between rounds.
+
+    Attributes
+    ----------
+    user_factors : Tensor of shape (n_users, N_l)
+        A user of size N has its first N columns; the others are zero.
+    tables : tuple of Tensor of shape (n_items, N_x) or (n_items, N_x + 1)
+        One for each size; with the item bias as the last column where there is one.
+    heads : tuple of dict of Tensor
+        One for each size, see `fedrecsk.models.head`; empty for the whole-data objective.
+    statistics : tuple of ServerStatistics
+        Of the quasi-Newton steps, one for each block of columns; empty for networks.
+    table_moments : tuple of tuple of Moments
+        Of the server optimiser of networks: for each federation, see `federations`, and each of
+        its `table_blocks`.
+    head_moments : tuple of Moments
+        For each size.
+    turns : ndarray of shape (n_clients,)
+        Rounds of this fit in which each client took part.
+    private : PrivateModels or None
+        Of clients that each train for themselves.
+    """
+
+    user_factors: Tensor
+    tables: tuple[Tensor, ...]
+    heads: tuple[Head, ...]
+    statistics: tuple[ServerStatistics, ...]
+    table_moments: tuple[tuple[Moments, ...], ...]
+    head_moments: tuple[Moments, ...]
+    turns: NDArray[np.int64]
+    private: PrivateModels | None = None
+
+    @classmethod
+    def start(
+        cls,
+        user_factors: Tensor,
+        item_table: Tensor,
+        heads: Sequence[Head],
+        sizes: Sizes,
+        user_client: NDArray[np.int64],
+        aggregation: Aggregation = "padded",
+        server_optimizer: Optimizer = ADD,
+    ) -> NestedState:
+        """Return the state before the first round: tables that are slices of `item_table`.
+
+        Parameters
+        ----------
+        user_factors : Tensor of shape (n_users, N_l)
+            Cut to each user's size here.
+        item_table : Tensor of shape (n_items, N_l) or (n_items, N_l + 1)
+        heads : sequence of dict of Tensor
+            One for each size, or none.
+        sizes : Sizes
+        user_client : ndarray of shape (n_users,)
+        aggregation : {"padded", "clustered", "standalone"}
+        server_optimizer : Optimizer, default=SGD at rate 1
+            Of networks.
+        """
+        widest = sizes.widths[-1]
+        item_bias = item_table.shape[1] > widest
+        own = np.array(sizes.widths)[sizes.of_client[user_client]]
+        inside = torch.arange(widest) < torch.from_numpy(own)[:, None]
+        shared = [[sizes.widths[x] for x in each] for each in federations(sizes, aggregation)]
+        blocks = [] if heads else [block for widths in shared for block in column_blocks(widths)]
+        table_moments = []
+        for widths in shared if heads else []:
+            part = slice_of(item_table, widths[-1], item_bias=item_bias)
+            table_moments.append(
+                tuple(
+                    init_moments({"block": part[:, block]}, server_optimizer)
+                    for _, block in table_blocks(widths, item_bias=item_bias)
+                )
+            )
+        return cls(
+            user_factors=user_factors * inside.to(user_factors),
+            tables=tuple(
+                slice_of(item_table, width, item_bias=item_bias) for width in sizes.widths
+            ),
+            heads=tuple(heads),
+            statistics=tuple(
+                ServerStatistics.zero(len(item_table), b.stop - b.start, item_table.device)
+                for b in blocks
+            ),
+            table_moments=tuple(table_moments),
+            head_moments=tuple(init_moments(lifted(h), server_optimizer) for h in heads),
+            turns=np.zeros(len(sizes.of_client), dtype=np.int64),
+        )
+
+
+SPECTRUM = ("effective_rank", "singular_value_variance")
+
+
+def spectrum_of(state: NestedState, sizes: Sizes) -> Logs:
+    """Look at how the widest table spreads over its columns, see `models.decorrelation`."""
+    found = spectrum(state.tables[-1][:, : sizes.widths[-1]])
+    return dict(zip(SPECTRUM, (found.effective_rank, found.variance), strict=True))
+
+
+def refit_users(
+    state: NestedState,
+    shards: ClientShards,
+    clients: NDArray[np.int64],
+    *,
+    sizes: Sizes,
+    fit: Callable[[Cohort, Tensor, Tensor, Head], Tensor],
+) -> Tensor:
+    """Return user vectors (n_users, N_l) with those of `clients` fitted to the final model.
+
+    Parameters
+    ----------
+    state, shards, clients, sizes
+    fit : callable
+        ``fit(cohort, users (U, N), table, head) -> users (U, N)``; the head is empty for the
+        whole-data objective.
+    """
+    fitted = state.user_factors.clone()
+    for x, width in enumerate(sizes.widths):
+        for cohort in shards.user_chunks(sizes.members(clients, x)):
+            users = fitted[cohort.users, :width]
+            head = state.heads[x] if state.heads else {}
+            fitted[cohort.users, :width] = fit(cohort, users, state.tables[x], head)
+    return fitted
+
+
+def federations(sizes: Sizes, aggregation: Aggregation) -> list[list[int]]:
+    """Return which sizes share what they learn."""
+    everyone = list(range(len(sizes.widths)))
+    return [[x] for x in everyone] if aggregation == "clustered" else [everyone]
+
+
+def client_parameters(state: NestedState, *, dual_task: bool) -> NDArray[np.int64]:
+    """Count the numbers (n_sizes,) that a client of each size holds in common with others.
+
+    Its table and its predictor; in dual task those of all smaller sizes, too. As many go up.
+    """
+    tables = np.array([table.numel() for table in state.tables], dtype=np.int64)
+    if not state.heads:
+        return tables
+    heads = np.array([n_weights(head) for head in state.heads], dtype=np.int64)
+    return tables + (np.cumsum(heads) if dual_task else heads)
+
+
+def column_blocks(widths: Sequence[int]) -> list[slice]:
+    """Cut the widest table's columns where the sizes end."""
+    return [slice(a, b) for a, b in pairwise([0, *widths])]
+
+
+def table_blocks(widths: Sequence[int], *, item_bias: bool) -> list[tuple[int, slice]]:
+    """Return the blocks of columns of the widest table, each with the first size that owns it.
+
+    Examples
+    --------
+    >>> from fedrecsk.methods.nested_state import table_blocks
+    >>> table_blocks([2, 4], item_bias=True)
+    [(0, slice(0, 2, None)), (1, slice(2, 4, None)), (0, slice(4, 5, None))]
+    """
+    blocks = list(enumerate(column_blocks(widths)))
+    return [*blocks, (0, slice(widths[-1], widths[-1] + 1))] if item_bias else blocks
+
+
+def lifted(head: Head) -> Head:
+    """Give every tensor the leading axis of one client that optimisers expect."""
+    return {name: value[None] for name, value in head.items()}
+
+
+def counted_turns(state: NestedState, participants: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return `turns` after another round with these participants."""
+    turns = state.turns.copy()
+    turns[participants] += 1
+    return turns

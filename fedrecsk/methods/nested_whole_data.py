@@ -1,0 +1,224 @@
+"""The whole-data objective for clients of several sizes: exact solves in the first columns.
+
+    client of size N  <- solves its vector in the first N columns; sends what `models.whole_data`
+                         says, of N columns (dual task: also of every smaller size, added up)
+    server            <- for each block of columns between two sizes, one quasi-Newton step from
+                         the sums of the clients that own the block
+
+Beyond the paper, whose bases are networks. A narrow client's vector is a wide one with zeros, so
+all sums are those of the homogeneous federation; only how often an item was seen, and its
+curvature, are counted block by block, since a penalty in proportion to everybody's interactions
+is too much for columns that few own. There is one table, of which all sizes are slices, so
+distillation has nothing to do; and the step works in the eigenbasis of the users, where
+decorrelated columns are no aim (as a term of the server's gradient it ruined the ranking in a
+pilot).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fedrecsk.engine.shards import ClientShards, Cohort
+from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
+from fedrecsk.methods.nested_state import (
+    Aggregation,
+    Logs,
+    NestedState,
+    Sizes,
+    column_blocks,
+    counted_turns,
+    federations,
+)
+from fedrecsk.models import whole_data
+from fedrecsk.models.head import Head
+
+
+def whole_data_step(
+    state: NestedState,
+    shards: ClientShards,
+    participants: NDArray[np.int64],
+    t: int,
+    *,
+    sizes: Sizes,
+    dual_task: bool,
+    aggregation: Aggregation,
+    unobserved_weight: float,
+    penalty: whole_data.Penalty,
+    server_learning_rate: float | None,
+    decay: float,
+    item_curvature: bool,
+) -> tuple[NestedState, Logs]:
+    """Solve the participants, each in its own columns, and step the table block by block.
+
+    Parameters
+    ----------
+    state, shards, participants, t, sizes, dual_task, aggregation
+        As in `fedrecsk.methods.hetefedrec.network_step`. Dual task: a client also solves in each
+        smaller size.
+    unobserved_weight, penalty, decay, item_curvature
+        See `fedrecsk.models.whole_data`.
+    server_learning_rate : float or None
+        η; None follows from the participation, `whole_data.default_rate`.
+
+    Returns
+    -------
+    state : NestedState
+    logs : dict
+    """
+    user_factors = state.user_factors.clone()
+    tables, statistics = list(state.tables), list(state.statistics)
+    users_of_size = np.bincount(
+        sizes.of_client, weights=np.diff(shards.client_offsets), minlength=len(sizes.widths)
+    )
+    logs: Logs = {"loss": 0.0, "clients": len(participants), "bytes_down": 0, "bytes_up": 0}
+    n_rows = 0
+    for federation in federations(sizes, aggregation):
+        table = state.tables[federation[-1]]
+        blocks = column_blocks([sizes.widths[x] for x in federation])
+        sums = _BlockSums.zero(shards.n_items, blocks, table.device)
+        for place, x in enumerate(federation):
+            group = sizes.members(participants, x)
+            for y in range(0 if dual_task else place, place + 1):
+                width = blocks[y].stop
+                part = table[:, :width]
+                gram = part.T @ part
+                for cohort in shards.user_chunks(group):
+                    users = whole_data.solve_users(
+                        cohort,
+                        part,
+                        gram,
+                        unobserved_weight=unobserved_weight,
+                        penalty=penalty,
+                        mean_rows=len(shards.items) / shards.n_users,
+                    )
+                    sums = sums.plus(cohort, users, part, gram, unobserved_weight)
+                    if y == place:
+                        user_factors[cohort.users, :width] = users
+            d, n_curvatures = blocks[place].stop, (place + 1) * item_curvature
+            n_sent = int(shards.client_items[group].sum())
+            logs["bytes_down"] += len(group) * dense_bytes((shards.n_items, d), (d, d))
+            # A row carries the pull on the item, its count and its curvatures.
+            logs["bytes_up"] += sparse_row_bytes(n_sent, d + 1 + n_curvatures)
+            logs["bytes_up"] += len(group) * dense_bytes((d, d))
+        # Of each block; in dual task a user counts once for each of its sizes that has the block.
+        owners = [
+            sum(
+                int(users_of_size[x]) * (more + 1 if dual_task else 1)
+                for more, x in enumerate(federation[place:])
+            )
+            for place in range(len(federation))
+        ]
+        moved = table.clone()
+        for place, block in enumerate(blocks):
+            if not sums.n_owners[place]:
+                continue  # nobody who has these columns took part
+            rate = server_learning_rate
+            if rate is None:
+                rate = whole_data.default_rate(sums.total.n_users / owners[0], t)
+            number = federation[place]
+            moved[:, block], statistics[number] = whole_data.server_step(
+                table,
+                state.statistics[number],
+                replace(sums.total, counts=sums.counts[place], curvature=sums.curvature[place]),
+                n_users=owners[0],
+                unobserved_weight=unobserved_weight,
+                penalty=penalty,
+                mean_rows=len(shards.items) / shards.n_items * owners[0] / shards.n_users,
+                rate=rate,
+                decay=decay,
+                item_curvature=item_curvature,
+                columns=block,
+                n_owners=owners[place],
+            )
+        for x, block in zip(federation, blocks, strict=True):
+            tables[x] = moved[:, : block.stop]
+        logs["loss"] += float(sums.total.loss)
+        n_rows += sums.total.n_rows
+    logs["loss"] /= max(n_rows, 1)
+    return replace(
+        state,
+        user_factors=user_factors,
+        tables=tuple(tables),
+        statistics=tuple(statistics),
+        turns=counted_turns(state, participants),
+    ), logs
+
+
+@dataclass(frozen=True, eq=False)
+class _BlockSums:
+    """What the server learns of a round, with what it needs for each block of columns.
+
+    Attributes
+    ----------
+    total : Sums
+        Of all participants, vectors padded with zeros to the widest.
+    blocks : list of slice
+    counts, curvature : list of Tensor of shape (n_items,)
+        Of those that own the block; their curvature in its columns.
+    n_owners : list of int
+        Participants that own the block.
+    """
+
+    total: whole_data.Sums
+    blocks: list[slice]
+    counts: list[Tensor]
+    curvature: list[Tensor]
+    n_owners: list[int]
+
+    @classmethod
+    def zero(cls, n_items: int, blocks: list[slice], device: torch.device) -> _BlockSums:
+        """Return the sums over nobody."""
+        nothing = [torch.zeros(n_items, device=device) for _ in blocks]
+        total = whole_data.Sums.zero(n_items, blocks[-1].stop, device)
+        return cls(total, blocks, nothing, nothing, [0] * len(blocks))
+
+    def plus(
+        self, cohort: Cohort, users: Tensor, items: Tensor, gram: Tensor, unobserved_weight: float
+    ) -> _BlockSums:
+        """Add users (U, N) that were solved against the first N columns of the table."""
+        sums = whole_data.user_sums(cohort, users, items, gram, unobserved_weight=unobserved_weight)
+        width = users.shape[1]
+        more = self.blocks[-1].stop - width
+        total = self.total + replace(
+            sums, pull=pad(sums.pull, (0, more)), gram=pad(sums.gram, (0, more, 0, more))
+        )
+        counts, curvature, n_owners = list(self.counts), list(self.curvature), list(self.n_owners)
+        for place, block in enumerate(self.blocks):
+            if block.stop > width:
+                break
+            whole = block.stop - block.start == width
+            curvature[place] = curvature[place] + (
+                sums.curvature
+                if whole
+                else whole_data.curvature_sums(cohort, users[:, block], items[:, block])
+            )
+            counts[place] = counts[place] + sums.counts
+            n_owners[place] += cohort.n_users
+        return replace(self, total=total, counts=counts, curvature=curvature, n_owners=n_owners)
+
+
+def refit_whole_data(
+    cohort: Cohort,
+    users: Tensor,
+    table: Tensor,
+    head: Head,
+    *,
+    unobserved_weight: float,
+    penalty: whole_data.Penalty,
+    mean_rows: float,
+) -> Tensor:
+    """Solve users (U, N) exactly against a table (n_items, N), for `refit_users`."""
+    return whole_data.solve_users(
+        cohort,
+        table,
+        table.T @ table,
+        unobserved_weight=unobserved_weight,
+        penalty=penalty,
+        mean_rows=mean_rows,
+    )
