@@ -432,7 +432,7 @@ default=None
         train, fit = (
             self._of_network(shards, sizes, streams, dual_task=dual_task)
             if network
-            else self._of_whole_data(data, shards, sizes)
+            else self._of_whole_data(data, shards, sizes, contributors)
         )
         # Distillation would join what clustered federations keep apart.
         distills = self.aggregation == "padded" and several and self._distill_fraction > 0
@@ -619,7 +619,11 @@ default=None
         return train, fit
 
     def _of_whole_data(
-        self, data: Interactions, shards: ClientShards, sizes: Sizes
+        self,
+        data: Interactions,
+        shards: ClientShards,
+        sizes: Sizes,
+        contributors: NDArray[np.int64],
     ) -> tuple[Train, FitUsers]:
         """Bind the parameters of whole-data rounds, and of how users solve for their vectors."""
         shape = len(data), data.n_users, data.n_items
@@ -644,6 +648,7 @@ default=None
                 server_learning_rate=rate,
                 decay=STATISTICS_DECAY,
                 item_curvature=self.item_curvature,
+                contributors=contributors,
             )
 
         fit = partial(

@@ -53,6 +53,7 @@ def whole_data_step(
     server_learning_rate: float | None,
     decay: float,
     item_curvature: bool,
+    contributors: NDArray[np.int64] | None = None,
 ) -> tuple[NestedState, Logs]:
     """Solve the participants, each in its own columns, and step the table block by block.
 
@@ -65,6 +66,8 @@ def whole_data_step(
         See `fedrecsk.models.whole_data`.
     server_learning_rate : float or None
         η; None follows from the participation, `whole_data.default_rate`.
+    contributors : ndarray of int64, optional
+        Clients that ever take part, for whom the participants stand; default: all.
 
     Returns
     -------
@@ -73,8 +76,11 @@ def whole_data_step(
     """
     user_factors = state.user_factors.clone()
     tables, statistics = list(state.tables), list(state.statistics)
+    population = np.arange(shards.n_clients) if contributors is None else contributors
     users_of_size = np.bincount(
-        sizes.of_client, weights=np.diff(shards.client_offsets), minlength=len(sizes.widths)
+        sizes.of_client[population],
+        weights=np.diff(shards.client_offsets)[population],
+        minlength=len(sizes.widths),
     )
     logs: Logs = {"loss": 0.0, "clients": len(participants), "bytes_down": 0, "bytes_up": 0}
     n_rows = 0
