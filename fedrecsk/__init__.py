@@ -6,19 +6,27 @@ from fedrecsk.estimators import (
     FedAvgRecommender,
     FedFastRecommender,
     FedFNNRecommender,
+    FELLRecRecommender,
     HeteFedRecRecommender,
     PopularityRecommender,
 )
-from fedrecsk.exceptions import NothingHeldOutError, NothingHeldOutWarning, UnknownIdWarning
+from fedrecsk.exceptions import (
+    NoItemTextWarning,
+    NothingHeldOutError,
+    NothingHeldOutWarning,
+    UnknownIdWarning,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CentralizedRecommender",
+    "FELLRecRecommender",
     "FedAvgRecommender",
     "FedFNNRecommender",
     "FedFastRecommender",
     "HeteFedRecRecommender",
+    "NoItemTextWarning",
     "NothingHeldOutError",
     "NothingHeldOutWarning",
     "PopularityRecommender",

@@ -17,3 +17,7 @@ class NothingHeldOutError(ValueError):
 
 class NothingHeldOutWarning(UserWarning):
     """``score`` has nothing to find and returns nan, as on the training rows of a search."""
+
+
+class NoItemTextWarning(UserWarning):
+    """A model that reads texts knows some items, or all, by their ids only."""

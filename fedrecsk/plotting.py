@@ -16,6 +16,7 @@ __all__ = [
     "ConvergenceDisplay",
     "GroupGainsDisplay",
     "SpectrumDisplay",
+    "SplitDisplay",
 ]
 
 FloatArray = npt.NDArray[np.float64]
@@ -636,6 +637,182 @@ class SpectrumDisplay:
         return self
 
 
+class SplitDisplay:
+    """What a client of a split language model holds, and what the server could read.
+
+    Bars are the client's parameters for each number of layers that it keeps. Lines are the
+    reconstruction risk: the largest share of tokens that an attack tells right from any hidden
+    state the server then sees. Make it with :meth:`from_costs`, or from arrays.
+
+    Parameters
+    ----------
+    n_client_layers : array-like of shape (n_splits,)
+        Layers k that the client keeps beside the last one.
+    client_parameters : array-like of shape (n_splits,)
+        Parameters that the client holds.
+    risks : mapping of str to array-like of shape (n_splits,), default=None
+        For each attack its legend entry and the risks, from 0 to 1. None: no line.
+
+    Attributes
+    ----------
+    ax_ : matplotlib Axes
+        Axes of the bars.
+    risk_ax_ : matplotlib Axes or None
+        Axes of the lines, on the right; None where there is no line.
+    figure_ : matplotlib Figure
+        Figure of the axes.
+    bars_ : matplotlib BarContainer
+        The bars.
+    lines_ : list of matplotlib Line2D
+        The lines, in the order of ``risks``.
+
+    Examples
+    --------
+    >>> from fedrecsk.plotting import SplitDisplay
+    >>> display = SplitDisplay(
+    ...     n_client_layers=[0, 1, 2], client_parameters=[5e6, 6e6, 7e6],
+    ...     risks={"linear inverter": [1.0, 0.7, 0.0]})
+    >>> display.plot()  # doctest: +SKIP
+    <fedrecsk.plotting.SplitDisplay object at ...>
+    """
+
+    ax_: Any
+    risk_ax_: Any
+    figure_: Any
+    bars_: Any
+    lines_: list[Any]
+
+    def __init__(
+        self,
+        *,
+        n_client_layers: npt.ArrayLike,
+        client_parameters: npt.ArrayLike,
+        risks: Mapping[str, npt.ArrayLike] | None = None,
+    ) -> None:
+        self.n_client_layers = n_client_layers
+        self.client_parameters = client_parameters
+        self.risks = risks
+
+    @classmethod
+    def from_costs(
+        cls,
+        costs: Sequence[Mapping[str, float]],
+        risk: Sequence[Mapping[str, float]] | None = None,
+        *,
+        ax: Any = None,
+        bar_kw: Mapping[str, Any] | None = None,
+        line_kw: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Draw the measured costs of splits, and the risk of the layers.
+
+        Parameters
+        ----------
+        costs : sequence of mapping
+            As from ``fedrecsk.models.split_lm.split_costs``: one for each split, with
+            ``n_client_layers`` and ``client_parameters``.
+        risk : sequence of mapping, default=None
+            As from ``fedrecsk.models.reconstruction.reconstruction_risk``: one for each of the
+            layers 0, ..., n, with ``nearest_token`` and ``linear_inverter``. A client that keeps
+            k layers shows the server the hidden states k, ..., n - 1, and the worst of them is
+            drawn. None: no line.
+        ax : matplotlib Axes, default=None
+            Where to draw. None: a new figure.
+        bar_kw : mapping, default=None
+            Passed to matplotlib's ``bar``.
+        line_kw : mapping, default=None
+            Passed to matplotlib's ``plot`` for every line.
+
+        Returns
+        -------
+        display : SplitDisplay
+            The drawn display.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed.
+        ValueError
+            If there are no costs, `risk` is not of the layers 0, ..., n in order, or a split
+            keeps more layers than there are.
+        """
+        _import_pyplot(f"{cls.__name__}.from_costs")
+        kept = [int(row["n_client_layers"]) for row in costs]
+        risks = None if risk is None else _risks_of_splits(kept, risk)
+        display = cls(
+            n_client_layers=kept,
+            client_parameters=[row["client_parameters"] for row in costs],
+            risks=risks,
+        )
+        return display.plot(ax, bar_kw=bar_kw, line_kw=line_kw)
+
+    def plot(
+        self,
+        ax: Any = None,
+        *,
+        bar_kw: Mapping[str, Any] | None = None,
+        line_kw: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Draw the bars and the lines.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, default=None
+            Where to draw. None: a new figure.
+        bar_kw : mapping, default=None
+            Passed to matplotlib's ``bar``.
+        line_kw : mapping, default=None
+            Passed to matplotlib's ``plot`` for every line.
+
+        Returns
+        -------
+        display : SplitDisplay
+            This display, with ``ax_``, ``risk_ax_``, ``figure_``, ``bars_`` and ``lines_``.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed.
+        ValueError
+            If there is no split, or a line or the bars have not one value for each.
+        """
+        at = np.asarray(self.n_client_layers)
+        millions = np.asarray(self.client_parameters, dtype=np.float64) / 1e6
+        lines = {name: np.asarray(each, float) for name, each in (self.risks or {}).items()}
+        if not at.size:
+            raise ValueError("There is no split to draw; pass the costs of at least one.")
+        for name, values in {"client_parameters": millions, **lines}.items():
+            if values.shape != at.shape:
+                raise ValueError(
+                    f"{name} must have one value for each of the {at.size} splits; got shape "
+                    f"{values.shape}."
+                )
+        self.ax_ = _axes(ax, f"{type(self).__name__}.plot")
+        self.figure_ = self.ax_.figure
+        bar_style = {"width": 0.6, "color": "0.8", "label": "client's parameters", **(bar_kw or {})}
+        self.bars_ = self.ax_.bar(at, millions, **bar_style)
+        self.ax_.set_xticks(at)
+        _finish(self.ax_, "Layers before the boundary", "Parameters on the client (millions)")
+        self.ax_.grid(visible=False, axis="x")
+        self.risk_ax_ = self.ax_.twinx() if lines else None
+        self.lines_ = []
+        for name, values in lines.items():
+            style = {"linewidth": 2, "marker": "o", "label": name, **(line_kw or {})}
+            self.lines_ += self.risk_ax_.plot(at, values, **style)
+        if lines:
+            self.risk_ax_.set(ylabel="Tokens the server could read", ylim=(0, 1.05))
+            self.risk_ax_.spines[["top"]].set_visible(False)
+            # One legend, above the bars: the right axes would draw its lines across it.
+            self.ax_.get_legend().remove()
+            self.risk_ax_.legend(
+                handles=[self.bars_, *self.lines_],
+                frameon=False,
+                loc="lower center",
+                bbox_to_anchor=(0.5, 1.0),
+                ncols=1 + len(lines),
+            )
+        return self
+
+
 def _import_pyplot(caller: str) -> Any:
     try:
         import matplotlib.pyplot as plt
@@ -724,6 +901,30 @@ def _group_means(
         if groups[client] in members:
             members[groups[client]].append(value)
     return np.array([np.mean(each) if each else np.nan for each in members.values()])
+
+
+def _risks_of_splits(
+    kept: Sequence[int], risk: Sequence[Mapping[str, float]]
+) -> dict[str, FloatArray]:
+    """Worst risk of the hidden states that the server sees, for each split and attack."""
+    n_layers = len(risk) - 1
+    if n_layers < 1 or [row["layer"] for row in risk] != list(range(len(risk))):
+        raise ValueError(
+            "risk must have one entry for each of the layers 0, ..., n, in this order; got layers "
+            f"{[row['layer'] for row in risk]}."
+        )
+    if max(kept, default=0) >= n_layers:
+        raise ValueError(
+            f"costs has a client with {max(kept)} layers beside the last one, but risk is of a "
+            f"model of {n_layers} layers. Take both from the same model."
+        )
+    risks = {}
+    for attack in ("nearest_token", "linear_inverter"):
+        rates = [row[attack] for row in risk]
+        # The server sees the hidden states k, ..., n - 1; nothing at all for k = n - 1.
+        worst = [max(rates[k:n_layers]) if k < n_layers - 1 else 0.0 for k in kept]
+        risks[attack.replace("_", " ")] = np.array(worst)
+    return risks
 
 
 def _eigenvalues(name: str, table: npt.ArrayLike) -> FloatArray:

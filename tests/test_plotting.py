@@ -15,6 +15,7 @@ from fedrecsk.plotting import (
     ConvergenceDisplay,
     GroupGainsDisplay,
     SpectrumDisplay,
+    SplitDisplay,
 )
 
 mpl.use("Agg")
@@ -373,6 +374,73 @@ def test_spectrum_refuses(X):
         SpectrumDisplay(tables={"t": [[1.0, np.nan]]}).plot()
 
 
+COSTS = [
+    {"n_client_layers": k, "client_parameters": 2e6 + 1e6 * k, "server_parameters": 3e6 - 1e6 * k}
+    for k in range(4)
+]
+RISK = [
+    {"layer": layer, "nearest_token": nearest, "linear_inverter": inverter}
+    for layer, (nearest, inverter) in enumerate(
+        [(1.0, 1.0), (0.3, 0.9), (0.5, 0.2), (0.1, 0.4), (0.95, 0.99)]
+    )
+]
+
+
+def test_split_draws_parameters_and_what_the_server_sees():
+    display = SplitDisplay.from_costs(COSTS, RISK)
+    np.testing.assert_allclose(heights(display.bars_), [2, 3, 4, 5])
+    np.testing.assert_allclose(centres(display.bars_), [0, 1, 2, 3])
+    nearest, inverter = display.lines_
+    for line in display.lines_:
+        np.testing.assert_array_equal(line.get_xdata(), [0, 1, 2, 3])
+    # A split at k shows the layers k, ..., 3; the fourth stays with the client, always.
+    np.testing.assert_allclose(nearest.get_ydata(), [1.0, 0.5, 0.5, 0.0])
+    np.testing.assert_allclose(inverter.get_ydata(), [1.0, 0.9, 0.4, 0.0])
+    entries = [text.get_text() for text in display.risk_ax_.get_legend().get_texts()]
+    assert entries == ["client's parameters", "nearest token", "linear inverter"]
+    assert display.ax_.get_legend() is None
+    assert display.ax_.get_xlabel() == "Layers before the boundary"
+    assert display.ax_.get_ylabel() == "Parameters on the client (millions)"
+    assert display.risk_ax_.get_ylabel() == "Tokens the server could read"
+    assert display.ax_.get_xticks().tolist() == [0, 1, 2, 3]
+    assert display.figure_ is display.ax_.figure is display.risk_ax_.figure
+
+
+def test_split_of_some_layers():
+    display = SplitDisplay.from_costs([COSTS[3], COSTS[1]], RISK)
+    np.testing.assert_allclose(centres(display.bars_), [3, 1])
+    np.testing.assert_allclose(display.lines_[0].get_ydata(), [0.0, 0.5])
+
+
+def test_split_without_risk():
+    _, ax = plt.subplots()
+    display = SplitDisplay.from_costs(COSTS, ax=ax, bar_kw={"color": "red"})
+    assert display.ax_ is ax
+    assert display.bars_[0].get_facecolor() == (1, 0, 0, 1)
+    assert display.risk_ax_ is None
+    assert display.lines_ == []
+    assert legend(display) == ["client's parameters"]
+    assert display.plot() is display
+    assert display.ax_ is not ax
+    lines = SplitDisplay.from_costs(COSTS, RISK, line_kw={"color": "red"}).lines_
+    assert [line.get_color() for line in lines] == ["red", "red"]
+
+
+def test_split_refuses():
+    with pytest.raises(ValueError, match="no split to draw"):
+        SplitDisplay.from_costs([])
+    with pytest.raises(
+        ValueError, match=r"layers 0, \.\.\., n, in this order; got layers \[1, 0\]"
+    ):
+        SplitDisplay.from_costs(COSTS, RISK[1::-1])
+    with pytest.raises(ValueError, match=r"client with 3 layers .* model of 2 layers"):
+        SplitDisplay.from_costs(COSTS, RISK[:3])
+    with pytest.raises(ValueError, match=r"client_parameters must .* each of the 2 splits; .*3"):
+        SplitDisplay(n_client_layers=[0, 1], client_parameters=[1, 2, 3]).plot()
+    with pytest.raises(ValueError, match=r"a must have one value for each of the 1 splits"):
+        SplitDisplay(n_client_layers=[0], client_parameters=[1], risks={"a": [0, 1]}).plot()
+
+
 def test_without_matplotlib(X, monkeypatch):
     est = FakeRecommender().fit(X)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
@@ -391,3 +459,7 @@ def test_without_matplotlib(X, monkeypatch):
         SpectrumDisplay.from_estimators([est])
     with pytest.raises(ImportError, match=f"SpectrumDisplay.plot needs .*{install}"):
         SpectrumDisplay(tables={"a": [[1.0]]}).plot()
+    with pytest.raises(ImportError, match=f"SplitDisplay.from_costs needs .*{install}"):
+        SplitDisplay.from_costs(COSTS)
+    with pytest.raises(ImportError, match=f"SplitDisplay.plot needs .*{install}"):
+        SplitDisplay(n_client_layers=[0], client_parameters=[1]).plot()

@@ -55,6 +55,7 @@ PUBLIC = {
         "ConvergenceDisplay",
         "GroupGainsDisplay",
         "SpectrumDisplay",
+        "SplitDisplay",
     },
 }
 OBJECTS = {

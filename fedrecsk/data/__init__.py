@@ -7,7 +7,13 @@ from fedrecsk.data.interactions import (
     interactions_from_sparse,
     read_columns,
 )
-from fedrecsk.data.partition import auto_ratio, auto_sizes, client_capacities, size_groups
+from fedrecsk.data.partition import (
+    auto_ratio,
+    auto_sizes,
+    client_capacities,
+    cluster_clients,
+    size_groups,
+)
 from fedrecsk.data.vocabulary import Vocabulary
 
 __all__ = [
@@ -17,6 +23,7 @@ __all__ = [
     "auto_ratio",
     "auto_sizes",
     "client_capacities",
+    "cluster_clients",
     "encode",
     "interactions_from_sparse",
     "read_columns",

@@ -4,6 +4,9 @@ A method with several model sizes needs a size for every client. `size_groups` c
 sorted by their interactions, into groups of given shares. `client_capacities` reads sizes that
 the caller gives client by client. `auto_ratio` and `auto_sizes` find the shares, and the sizes,
 from what validation clients got out of each size.
+
+A method whose clients are platforms, groups of users, needs such groups where the data have none:
+`cluster_clients` makes them.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csr_array, diags_array
 
+from fedrecsk.data.interactions import Interactions
 from fedrecsk.data.vocabulary import Vocabulary
 
-__all__ = ["auto_ratio", "auto_sizes", "client_capacities", "size_groups"]
+__all__ = ["auto_ratio", "auto_sizes", "client_capacities", "cluster_clients", "size_groups"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -136,6 +141,75 @@ def client_capacities(
             )
     capacities: IntArray = np.array(sizes, dtype=np.int64)[code]
     return capacities
+
+
+def cluster_clients(
+    data: Interactions,
+    n_clusters: int = 5,
+    *,
+    n_factors: int = 32,
+    random_state: int | np.random.RandomState | None = None,
+) -> IntArray:
+    """Group clients by what their users choose.
+
+    K-means on user vectors of a matrix factorisation: the truncated singular value decomposition
+    of the interactions, in which active users and popular items weigh less, scaled to length 1.
+    A client with several users has the mean of their vectors. In a federation this is a step of
+    the server that sees all interactions; it stands in for platforms that are there already.
+
+    Parameters
+    ----------
+    data : Interactions
+    n_clusters : int, default=5
+        At most the number of clients.
+    n_factors : int, default=32
+        Length of the vectors; less where users or items are fewer.
+    random_state : int, RandomState or None, default=None
+
+    Returns
+    -------
+    clusters : ndarray of shape (n_clients,), int64
+        0 to ``n_clusters - 1``; fewer where the clients are too much alike.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer clients than clusters.
+
+    Examples
+    --------
+    >>> from fedrecsk.data import cluster_clients, encode
+    >>> rows = [["ann", 1], ["ann", 2], ["bob", 7], ["bob", 8], ["eve", 1], ["eve", 2]]
+    >>> ann, bob, eve = cluster_clients(encode(rows), 2, random_state=0).tolist()
+    >>> ann == eve, ann == bob
+    (True, False)
+    """
+    # Here, since they take longer to import than the rest of the package.
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import TruncatedSVD
+
+    if not 1 <= n_clusters <= data.n_clients:
+        raise ValueError(
+            f"n_clusters={n_clusters} must lie between 1 and the number of clients, "
+            f"{data.n_clients}."
+        )
+    matrix = data.matrix().astype(np.float64)
+    rows = np.maximum(data.user_counts, 1) ** -0.5
+    columns = np.maximum(data.item_counts, 1) ** -0.25
+    weighted = csr_array(diags_array(rows) @ matrix @ diags_array(columns))
+    width = min(n_factors, data.n_users - 1, data.n_items - 1)
+    if width >= 1:
+        vectors = TruncatedSVD(width, random_state=random_state).fit_transform(weighted)
+    else:
+        vectors = weighted.toarray()
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    means = np.zeros((data.n_clients, vectors.shape[1]))
+    np.add.at(means, data.user_client, vectors)
+    means /= np.bincount(data.user_client, minlength=data.n_clients)[:, None]
+    n_clusters = min(n_clusters, len(np.unique(means, axis=0)))
+    labels = KMeans(n_clusters, n_init=3, random_state=random_state).fit_predict(means)
+    clusters: IntArray = labels.astype(np.int64)
+    return clusters
 
 
 def auto_ratio(quality: ArrayLike, counts: ArrayLike, sizes: Sequence[int]) -> tuple[float, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -57,6 +57,7 @@ def run_rounds(
     *,
     n_rounds: int,
     first_round: int = 0,
+    past: Sequence[Record] = (),
     early_stopping: EarlyStopping[State] | None = None,
     on_round_begin: Callable[[], None] | None = None,
     on_round_end: Callable[[State, Record], bool] | None = None,
@@ -74,6 +75,9 @@ def run_rounds(
         At most this many rounds.
     first_round : int, default=0
         Number of the first one; above zero where a fit goes on.
+    past : sequence of dict, default=()
+        Records of rounds of this fit that were run before it was interrupted; `state` is the one
+        after them. They count among `n_rounds` and are in the history.
     early_stopping : EarlyStopping, optional
     on_round_begin : callable, optional
         Called before each round.
@@ -96,17 +100,24 @@ def run_rounds(
     >>> result.state, [record["round"] for record in result.history]
     (3, [1, 2, 3])
     """
-    history: list[Record] = []
-    bound = math.inf
+    history: list[Record] = list(past)
+    bound = _largest_loss(history[0]) if history else math.inf
     best_state, best_value, waited = state, -math.inf, 0
-    for t in range(first_round, first_round + n_rounds):
+    if early_stopping is not None:
+        for record in history:
+            value = record["validation_ndcg"]
+            waited = 0 if value > best_value + early_stopping.tol else waited + 1
+            best_value = max(best_value, value)
+        if history and waited >= early_stopping.n_iter_no_change:
+            return RoundsResult(state=state, history=history)
+    for t in range(first_round + len(history), first_round + n_rounds):
         if on_round_begin is not None:
             on_round_begin()
         start = time.perf_counter()
         state, logs = step(state, t)
         record: Record = {"round": t + 1, **logs, "seconds": time.perf_counter() - start}
         if t == first_round:
-            bound = DIVERGED * max(abs(record["loss"]), TINY_LOSS)
+            bound = _largest_loss(record)
         if not record["loss"] <= bound or not math.isfinite(record["loss"]):
             raise FloatingPointError(
                 f"Training diverged in round {t + 1}: the loss is {record['loss']}. "
@@ -127,3 +138,8 @@ def run_rounds(
         if stop:
             break
     return RoundsResult(state=best_state if early_stopping is not None else state, history=history)
+
+
+def _largest_loss(first: Record) -> float:
+    """Give the loss above which a fit has diverged."""
+    return DIVERGED * max(abs(first["loss"]), TINY_LOSS)

@@ -18,4 +18,4 @@ EXPECTED_FAILED_CHECKS: dict[str, str] = {
     "check_positive_only_tag_during_fit": "in iris a user (sepal length) is under several clients",
 }
 
-Constraints = dict[str, list[Any]]
+Constraints = dict[str, list[Any] | str]

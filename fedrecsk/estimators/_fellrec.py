@@ -1,0 +1,960 @@
+"""The estimator around `fedrecsk.methods.fellrec`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+
+from fedrecsk.data.interactions import Interactions
+from fedrecsk.data.prompts import Catalogue, catalogue, prompt
+from fedrecsk.data.vocabulary import Vocabulary
+from fedrecsk.engine.checkpoints import fingerprint
+from fedrecsk.engine.device import resolve_device, torch_threads
+from fedrecsk.engine.rounds import EarlyStopping, Record, run_rounds
+from fedrecsk.engine.shards import CPU_CHUNK_ROWS
+from fedrecsk.engine.streams import Streams
+from fedrecsk.estimators._base import SHARED_CONSTRAINTS, Attributes, BaseRecommender, RoundWatch
+from fedrecsk.estimators._language import (
+    CROWD_SAMPLE,
+    Saved,
+    about,
+    adapters_before,
+    by_platform,
+    bytes_crossed,
+    check_periods,
+    check_same_layers,
+    find_intercept,
+    items_under,
+    mean_of_best,
+    prior_scores,
+    safe_layers,
+    score_vectors,
+)
+from fedrecsk.estimators._platforms import (
+    HeldOut,
+    Platforms,
+    Sampler,
+    hold_out_last,
+    make_platforms,
+)
+from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
+from fedrecsk.methods.dynamic_balance import ClientWeights, Exponent, SimilarityOn
+from fedrecsk.methods.fellrec import (
+    AggregationName,
+    FELLRecState,
+    fellrec_step,
+    keep_best,
+)
+from fedrecsk.models import adapter_files
+from fedrecsk.models.backbone import COMPACT_NAME, load_backbone
+from fedrecsk.models.compact import CompactState, build_compact, open_compact
+from fedrecsk.models.generation import embed_last_token, generate_titles
+from fedrecsk.models.lora_training import train_adapters
+from fedrecsk.models.stacked_lora import Adapters, mean, select
+from fedrecsk.models.text_model import Examples, Inference, TextModel, open_text_model
+from fedrecsk.models.text_vectors import Pooling
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+
+# What "auto" stands for, by what the adapters are on; chosen in pilots.
+AUTO_LEARNING_RATE = {"compact": 2e-3, "encoder": 5e-4, "causal": 2e-4}
+# Weights of the popularity term that "auto" compares, and what it takes without validation.
+POPULARITY_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
+AUTO_POPULARITY = 0.5
+MAX_TITLE_TOKENS = 32
+
+
+class FELLRecRecommender(BaseRecommender):
+    """FELLRec: platforms tune one language model together, each with an adapter of its own.
+
+    Clients are platforms, groups of users. A language model reads the texts of items; it is
+    frozen, and every platform trains low-rank adapters (LoRA) on the histories of its users. After
+    each round a platform mixes its adapter with those of the others: more with similar ones, and
+    more the better it has learned. No adapter is global; users of no platform get the mean one.
+
+    Parameters
+    ----------
+    backbone : str, Path, callable or None, default=None
+        Name on the Hugging Face Hub, local folder, or function that returns
+        ``(model, tokenizer)``. None: a compact model, made from the item texts without any
+        download. Never a model object, since scikit-learn copies parameters.
+    backend : {"encoder", "causal"}, default="encoder"
+        ``"encoder"`` compares vectors of histories and of items, as RecFormer does. ``"causal"``
+        asks for the next title with a prompt, as BIGRec does.
+    item_text : mapping, DataFrame or None, default=None
+        Titles, or further attributes, by item id, see `fedrecsk.data.prompts.read_item_text`.
+        Items that nobody has chosen yet can be recommended if they have a text. None: ids are
+        all that the model reads, with a warning.
+    n_platforms : int, "auto" or None, default="auto"
+        None: every client id is a platform. An int: clients are grouped into so many by
+        `fedrecsk.data.cluster_clients`, a step of the server that sees all interactions.
+        ``"auto"``: None for up to 32 clients, else 5.
+    inference : {"direct", "generate"}, default="direct"
+        Of the causal backend. ``"direct"`` compares the prompt's last hidden state with those of
+        the titles, and trains for that: one pass a user. ``"generate"``: beam search writes a
+        title, and items are ranked by the distance of their titles to it (grounding).
+    pooling : {"auto", "mean", "cls", "last"}, default="auto"
+        How hidden states become a vector; the last token where a model only looks back, else the
+        mean.
+    lora_rank : int, default=8
+    lora_alpha : float, default=16
+    lora_dropout : float in [0, 1), default=0.05
+    target_modules : str or sequence of str, default="auto"
+        Layers with adapters: names, ``"all-linear"``, or ``"auto"`` for queries and values.
+    aggregation : {"fellrec", "fedavg", "ditto", "local"}, default="fellrec"
+        ``"fedavg"`` with ``proximal > 0`` is FedProx. Centralised training is ``n_platforms=1``.
+    client_weights : {"examples", "clients"}, default="examples"
+        Of the average in ``"fedavg"`` and ``"ditto"``.
+    proximal : float, default=0.0
+        Pull of local training to where it started; with ``"ditto"`` of the personal adapter to
+        the shared one.
+    similarity_on : {"params", "update", "product"}, default="params"
+        What the cosine compares: the adapters, their changes in this round, or what they add to
+        the weights.
+    use_similarity, use_heating : bool, default=True
+        False replaces the mechanism by ones.
+    alpha, beta : float, default=0.7, 5.0
+        Of the heating ``tanh(alpha / p ** (t + 1 / beta))``.
+    heating_temperature : float, default=0.05
+        Of the softmax of losses behind ``p``.
+    heating_exponent : {"t+1/beta", "(t+1)/beta"}, default="t+1/beta"
+        The second rises more slowly, and may be what the paper means.
+    client_periods : array-like of shape (n_platforms,) or None, default=None
+        Rounds that each platform needs for a local training, in the order of ``platform_ids_``;
+        the fastest has 1. None: all 1, the synchronous method.
+    staleness_exponent : float, default=0.5
+        An upload that is `a` rounds old weighs ``(1 + a) ** -staleness_exponent``.
+    client_layers : int, "auto" or None, default=None
+        Layers that a client keeps before those of the server; it keeps the last one too. Results
+        are the same, and ``history_`` counts what crosses the boundary. ``"auto"``: the fewest
+        that keep the reconstruction of texts below ``max_risk``. None: the client holds all.
+    max_risk : float in (0, 1], default=0.5
+        Share of tokens that a server may reconstruct, for ``client_layers="auto"``.
+    max_history : int, default=10
+        Items of a user that are read, the latest.
+    max_item_tokens, max_tokens : int, default=32, 256
+        Tokens of an item, and of a history.
+    n_rounds : int, default=10
+    local_epochs : int, default=2
+    examples_per_user : int, default=1
+        Next items drawn from a user's history in an epoch, anew each time.
+    learning_rate : float or "auto", default="auto"
+        Of AdamW: 0.002 for compact models, 0.0005 for other encoders, 0.0002 for causal models.
+    weight_decay : float, default=0.0
+    batch_size : int, default=64
+        Examples of a platform in a step.
+    gradient_accumulation : int, default=1
+        Parts that a batch is cut into, to save memory. Candidates of the loss are those of a
+        part.
+    negatives : {"in-batch", "all"}, default="in-batch"
+        Candidates of the ranking loss: targets of the batch and ``n_negatives`` drawn items, which
+        are trained as well; or all items, with the vectors they had when the round began.
+    n_negatives : int, default=128
+    prompt_loss : bool, default=False
+        With ``inference="generate"``, whether the prompt's tokens count in the loss as well.
+    temperature : float, default=0.05
+        By which cosines are divided.
+    popularity_weight : float or "auto", default="auto"
+        Of the logarithm of how often the platform has chosen an item, in score and loss; with
+        ``"generate"`` the exponent of BIGRec's injection. ``"auto"``: what ranks the validation
+        users best before the first round (0.5 without early stopping).
+    num_beams : int, default=4
+    min_rating : float or None, default=None
+        Drop weaker rows first.
+    early_stopping : bool, default=True
+        Hold out the last item of some users; each platform keeps the adapter that ranked them
+        best, and training ends when none has improved.
+    validation_fraction : float in (0, 1), default=0.1
+        Share of users held out; at least 100 users where there are as many.
+    n_iter_no_change : int, default=5
+    tol : float, default=1e-4
+    warm_start : bool, default=False
+        Let `fit` start from the adapters of the last one.
+    checkpoint : str, Path or None, default=None
+        Folder that is written after every round. A fit with the same data and parameters goes on
+        from it to the same result; ``n_rounds`` may differ. Needs an int as random state.
+    dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
+        Of the backbone; adapters are float32.
+    quantization : {"8bit", "4bit"} or None, default=None
+        Of the backbone, by bitsandbytes.
+    device : str, default="auto"
+        ``"auto"`` takes a GPU where there is one.
+    random_state : int, RandomState or None, default=None
+        An int makes fits repeatable.
+    verbose : int, default=0
+        1 prints about ten lines a fit, 2 one a round.
+
+    Attributes
+    ----------
+    adapters_ : dict of str to ndarray of shape (n_platforms, ...)
+        LoRA matrices by the path of their layer.
+    platform_ids_ : ndarray of shape (n_platforms,)
+        Client ids, or numbers where clients were grouped.
+    platforms_are_clients_ : bool
+    client_platforms_ : ndarray of shape (n_clients,)
+        Platform of each client.
+    user_platforms_ : ndarray of shape (n_users,)
+    user_factors_ : ndarray of shape (n_users, width)
+        Vectors of the histories under the platform's adapter, or of the titles written.
+    crowd_factors_ : ndarray of shape (width,)
+        For unknown users: the mean of known ones under the mean adapter.
+    item_vectors_ : ndarray of shape (n_platforms + 1, n_items, width)
+        Under each platform's adapter and the mean one; with ``"generate"`` only one table.
+    item_factors_ : ndarray of shape (n_items, width)
+        The last of them.
+    item_counts_ : ndarray of shape (n_platforms + 1, n_items)
+        How often each platform, and all together, have chosen an item.
+    popularity_weight_, client_layers_, backbone_name_, compact_
+        What was used; ``compact_`` is the compact model, None where there is none.
+    generated_titles_ : tuple of str
+        With ``"generate"``, what was written for each user.
+    user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
+        As in `FedFNNRecommender`; ``item_ids_`` also has the items known by text alone.
+    history_ : list of dict
+        One a round: ``round, loss, client_losses, seconds, clients, bytes_up, bytes_down,
+        similarity, heat, own_weight``, with early stopping ``client_ndcg`` of the present
+        adapters and ``validation_ndcg`` of the best so far, with ``client_layers``
+        ``bytes_boundary``.
+    n_rounds_ : int
+
+    Raises
+    ------
+    OSError, ImportError, TypeError, ValueError
+        If the backbone cannot be had, see `fedrecsk.models.backbone.load_backbone`.
+
+    References
+    ----------
+    .. [1] J. Zhao, W. Wang, C. Xu, S.-K. Ng, T.-S. Chua, "A Federated Framework for LLM-based
+       Recommendation", Findings of NAACL 2025, arXiv:2402.09959.
+    .. [2] K. Bao et al., "A Bi-Step Grounding Paradigm for Large Language Models in Recommendation
+       Systems", 2023, arXiv:2308.08434 (BIGRec).
+    .. [3] J. Li et al., "Text Is All You Need: Learning Language Representations for Sequential
+       Recommendation", KDD 2023, arXiv:2305.13731 (RecFormer).
+
+    Examples
+    --------
+    >>> from fedrecsk import FELLRecRecommender
+    >>> from fedrecsk.datasets import make_interactions
+    >>> data = make_interactions(80, 40, 4, n_clients=3, random_state=0)
+    >>> model = FELLRecRecommender(item_text=data.item_text, n_rounds=1, random_state=0)
+    >>> ids, scores = model.fit(data.data, data.target).recommend(users=[0], k=3)
+    >>> ids.shape, len(model.platform_ids_)
+    ((1, 3), 3)
+    """
+
+    _parameter_constraints: ClassVar[Constraints] = {
+        **{
+            name: SHARED_CONSTRAINTS[name]
+            for name in SHARED_CONSTRAINTS
+            if name not in {"n_factors", "clients_per_round", "batch_size", "l2", "n_negatives"}
+        },
+        "backbone": [str, Path, callable, None],
+        "backend": [StrOptions({"causal", "encoder"})],
+        "item_text": "no_validation",
+        "n_platforms": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"}), None],
+        "inference": [StrOptions({"direct", "generate"})],
+        "pooling": [StrOptions({"auto", "mean", "cls", "last"})],
+        "lora_rank": [Interval(Integral, 1, None, closed="left")],
+        "lora_alpha": [Interval(Real, 0, None, closed="neither")],
+        "lora_dropout": [Interval(Real, 0, 1, closed="left")],
+        "target_modules": [str, "array-like"],
+        "aggregation": [StrOptions({"fellrec", "fedavg", "ditto", "local"})],
+        "client_weights": [StrOptions({"examples", "clients"})],
+        "proximal": [Interval(Real, 0, None, closed="left")],
+        "similarity_on": [StrOptions({"params", "update", "product"})],
+        "use_similarity": ["boolean"],
+        "use_heating": ["boolean"],
+        "alpha": [Interval(Real, 0, None, closed="neither")],
+        "beta": [Interval(Real, 0, None, closed="neither")],
+        "heating_temperature": [Interval(Real, 0, None, closed="neither")],
+        "heating_exponent": [StrOptions({"t+1/beta", "(t+1)/beta"})],
+        "client_periods": ["array-like", None],
+        "staleness_exponent": [Interval(Real, 0, None, closed="left")],
+        "client_layers": [Interval(Integral, 0, None, closed="left"), StrOptions({"auto"}), None],
+        "max_risk": [Interval(Real, 0, 1, closed="right")],
+        "max_history": [Interval(Integral, 1, None, closed="left")],
+        "max_item_tokens": [Interval(Integral, 1, None, closed="left")],
+        "max_tokens": [Interval(Integral, 1, None, closed="left")],
+        "examples_per_user": [Interval(Integral, 1, None, closed="left")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
+        "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "gradient_accumulation": [Interval(Integral, 1, None, closed="left")],
+        "negatives": [StrOptions({"in-batch", "all"})],
+        "n_negatives": [Interval(Integral, 0, None, closed="left")],
+        "prompt_loss": ["boolean"],
+        "temperature": [Interval(Real, 0, None, closed="neither")],
+        "popularity_weight": [Interval(Real, 0, None, closed="left"), StrOptions({"auto"})],
+        "num_beams": [Interval(Integral, 1, None, closed="left")],
+        "checkpoint": [str, Path, None],
+        "dtype": [StrOptions({"auto", "float32", "bfloat16", "float16"})],
+        "quantization": [StrOptions({"8bit", "4bit"}), None],
+    }
+
+    def __init__(
+        self,
+        backbone: str | Path | Callable[[], Any] | None = None,
+        *,
+        backend: Literal["causal", "encoder"] = "encoder",
+        item_text: Any = None,
+        n_platforms: int | Literal["auto"] | None = "auto",
+        inference: Inference = "direct",
+        pooling: Pooling | Literal["auto"] = "auto",
+        lora_rank: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.05,
+        target_modules: str | Sequence[str] = "auto",
+        aggregation: AggregationName = "fellrec",
+        client_weights: ClientWeights = "examples",
+        proximal: float = 0.0,
+        similarity_on: SimilarityOn = "params",
+        use_similarity: bool = True,
+        use_heating: bool = True,
+        alpha: float = 0.7,
+        beta: float = 5.0,
+        heating_temperature: float = 0.05,
+        heating_exponent: Exponent = "t+1/beta",
+        client_periods: ArrayLike | None = None,
+        staleness_exponent: float = 0.5,
+        client_layers: int | Literal["auto"] | None = None,
+        max_risk: float = 0.5,
+        max_history: int = 10,
+        max_item_tokens: int = 32,
+        max_tokens: int = 256,
+        n_rounds: int = 10,
+        local_epochs: int = 2,
+        examples_per_user: int = 1,
+        learning_rate: float | Literal["auto"] = "auto",
+        weight_decay: float = 0.0,
+        batch_size: int = 64,
+        gradient_accumulation: int = 1,
+        negatives: Literal["in-batch", "all"] = "in-batch",
+        n_negatives: int = 128,
+        prompt_loss: bool = False,
+        temperature: float = 0.05,
+        popularity_weight: float | Literal["auto"] = "auto",
+        num_beams: int = 4,
+        min_rating: float | None = None,
+        early_stopping: bool = True,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 5,
+        tol: float = 1e-4,
+        warm_start: bool = False,
+        checkpoint: str | Path | None = None,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        quantization: Literal["8bit", "4bit"] | None = None,
+        device: str = "auto",
+        random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.backbone = backbone
+        self.backend = backend
+        self.item_text = item_text
+        self.n_platforms = n_platforms
+        self.inference = inference
+        self.pooling = pooling
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = lora_dropout
+        self.target_modules = target_modules
+        self.aggregation = aggregation
+        self.client_weights = client_weights
+        self.proximal = proximal
+        self.similarity_on = similarity_on
+        self.use_similarity = use_similarity
+        self.use_heating = use_heating
+        self.alpha = alpha
+        self.beta = beta
+        self.heating_temperature = heating_temperature
+        self.heating_exponent = heating_exponent
+        self.client_periods = client_periods
+        self.staleness_exponent = staleness_exponent
+        self.client_layers = client_layers
+        self.max_risk = max_risk
+        self.max_history = max_history
+        self.max_item_tokens = max_item_tokens
+        self.max_tokens = max_tokens
+        self.n_rounds = n_rounds
+        self.local_epochs = local_epochs
+        self.examples_per_user = examples_per_user
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.batch_size = batch_size
+        self.gradient_accumulation = gradient_accumulation
+        self.negatives = negatives
+        self.n_negatives = n_negatives
+        self.prompt_loss = prompt_loss
+        self.temperature = temperature
+        self.popularity_weight = popularity_weight
+        self.num_beams = num_beams
+        self.min_rating = min_rating
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.tol = tol
+        self.warm_start = warm_start
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.quantization = quantization
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def _simulate(self, data: Interactions, watch: RoundWatch, *, go_on: bool) -> Attributes:
+        """Open the model, train the adapters round by round, and encode what is served."""
+        if self.inference == "generate" and self.backend != "causal":
+            raise ValueError(
+                'inference="generate" needs backend="causal": an encoder cannot write.'
+            )
+        previous = dict(vars(self)) if go_on else None
+        streams = Streams.from_random_state(self.random_state)
+        items, codes = catalogue(data, self.item_text)
+        platforms = make_platforms(
+            data,
+            codes,
+            len(items),
+            n_platforms=self.n_platforms,
+            streams=streams,
+            previous=previous,
+        )
+        compact = self._compact(items, streams, previous)
+        with torch_threads(CPU_CHUNK_ROWS * self.batch_size):
+            model, layers = self._open(items, compact, streams)
+            try:
+                trained, history, weight = self._train(
+                    data, platforms, items, model, streams, watch, previous, codes
+                )
+                served = self._serve(model, platforms, trained, weight)
+            finally:
+                model.lora.restore()
+        return {
+            **served,
+            **about(data, codes, items, platforms),
+            "compact_": compact,
+            "backbone_name_": model.backbone.name,
+            "lora_targets_": model.lora.targets,
+            "lora_fan_in_fan_out_": model.lora.fan_in_fan_out,
+            "client_layers_": layers,
+            "history_": history,
+        }
+
+    # ------------------------------------------------------------------ the model
+
+    def _compact(
+        self, items: Catalogue, streams: Streams, previous: Attributes | None
+    ) -> CompactState | None:
+        """Make the compact model, or take the one that adapters are on already."""
+        if self.backbone is not None:
+            return None
+        if previous is not None and previous["compact_"] is not None:
+            before: CompactState = previous["compact_"]
+            if before.backend == self.backend:
+                return before
+        # The causal model shall know the words of its instruction.
+        others = [prompt(["", ""])] if self.backend == "causal" else []
+        return build_compact(items.texts, backend=self.backend, streams=streams, other_texts=others)
+
+    def _open(
+        self, items: Catalogue, compact: CompactState | None, streams: Streams
+    ) -> tuple[TextModel, int | None]:
+        """Load the backbone; also return how many layers a client keeps."""
+        source = self.backbone if compact is None else lambda: open_compact(compact)
+        backbone = load_backbone(
+            source,
+            backend=self.backend,
+            dtype=self.dtype,
+            device=resolve_device(self.device),
+            quantization=self.quantization,
+            seed=streams.seed,
+        )
+        if compact is not None:
+            backbone = replace(backbone, name=COMPACT_NAME)
+        layers = self.client_layers
+        if layers == "auto":
+            layers = safe_layers(backbone, items, self.max_risk, streams)
+        model = open_text_model(
+            backbone,
+            items,
+            inference=self.inference,
+            pooling=self.pooling,
+            target_modules=self.target_modules,
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            max_item_tokens=self.max_item_tokens,
+            max_tokens=self.max_tokens,
+            n_client_layers=layers,
+        )
+        return model, layers
+
+    # --------------------------------------------------------------------- rounds
+
+    def _train(
+        self,
+        data: Interactions,
+        platforms: Platforms,
+        items: Catalogue,
+        model: TextModel,
+        streams: Streams,
+        watch: RoundWatch,
+        previous: Attributes | None,
+        codes: IntArray,
+    ) -> tuple[Adapters, list[Record], float]:
+        """Run the rounds; return the adapters that serve, the history, the popularity's weight."""
+        n_clients = len(platforms)
+        ends = platforms.lengths
+        held_out = None
+        if self.early_stopping:
+            held_out = hold_out_last(platforms, self.validation_fraction, streams)
+            ends = held_out.ends
+        start = model.lora.init(n_clients, streams.torch("adapters"))
+        if previous is not None:
+            start = adapters_before(start, platforms, previous)
+        counts = torch.from_numpy(platforms.counts(ends)).to(model.device, torch.float32)
+        weight = self._popularity_weight(model, platforms, held_out, start, counts)
+        sampler = Sampler(
+            platforms,
+            ends,
+            model.histories,
+            streams,
+            local_epochs=self.local_epochs,
+            batch_size=self.batch_size,
+            gradient_accumulation=self.gradient_accumulation,
+            examples_per_user=self.examples_per_user,
+            n_negatives=self.n_negatives if self.negatives == "in-batch" else 0,
+            max_history=self.max_history,
+        )
+        n_examples = torch.from_numpy(sampler.n_examples()).to(model.device)
+        if not n_examples.any():
+            raise ValueError(
+                "No user has two interactions to learn from: the next item is predicted from the "
+                "ones before it. Give users with longer histories."
+            )
+        train = self._local_training(model, sampler, counts, weight, streams)
+        periods = check_periods(self.client_periods, n_clients, model.device)
+
+        def step(state: FELLRecState, t: int) -> tuple[FELLRecState, Record]:
+            before = bytes_crossed(model)
+            state, logs = fellrec_step(
+                state,
+                t,
+                train=train,
+                n_examples=n_examples,
+                periods=periods,
+                aggregation=self.aggregation,
+                client_weights=self.client_weights,
+                proximal=self.proximal,
+                similarity_on=self.similarity_on,
+                use_similarity=self.use_similarity,
+                use_heating=self.use_heating,
+                alpha=self.alpha,
+                beta=self.beta,
+                heating_temperature=self.heating_temperature,
+                heating_exponent=self.heating_exponent,
+                staleness_exponent=self.staleness_exponent,
+            )
+            if model.split is not None:
+                logs["bytes_boundary"] = bytes_crossed(model) - before
+            if held_out is not None:
+                values = self._validate(model, platforms, held_out, state.adapters, counts, weight)
+                state = keep_best(state, values)
+                logs["client_ndcg"] = values.tolist()
+            return state, logs
+
+        state = FELLRecState.start(start, aggregation=self.aggregation)
+        stopping = None
+        if held_out is not None:
+            users = np.bincount(platforms.of_user[held_out.users], minlength=n_clients)
+            state = keep_best(
+                state, self._validate(model, platforms, held_out, state.adapters, counts, weight)
+            )
+            stopping = EarlyStopping[FELLRecState](
+                evaluate=lambda state: mean_of_best(state, users),
+                n_iter_no_change=self.n_iter_no_change,
+                tol=self.tol,
+            )
+        saved = self._saved(data, items, platforms)
+        state, past = saved.load(state)
+        records = list(past)
+
+        def round_ended(state: FELLRecState, record: Record) -> bool:
+            records.append(record)
+            saved.write(state, records)
+            return watch.end(
+                record,
+                lambda: {
+                    **self._serve(model, platforms, self._serving(state), weight),
+                    **about(data, codes, items, platforms),
+                },
+            )
+
+        result = run_rounds(
+            step,
+            state,
+            n_rounds=self.n_rounds,
+            past=past,
+            early_stopping=stopping,
+            on_round_begin=watch.begin,
+            on_round_end=round_ended,
+        )
+        return self._serving(result.state), result.history, weight
+
+    def _serving(self, state: FELLRecState) -> Adapters:
+        """Adapters that users are served with."""
+        return state.best if self.early_stopping else state.adapters
+
+    def _local_training(
+        self,
+        model: TextModel,
+        sampler: Sampler,
+        counts: Tensor,
+        weight: float,
+        streams: Streams,
+    ) -> Callable[[Adapters, Tensor, Adapters | None, float, int], tuple[Adapters, Tensor]]:
+        """Bind what local training needs, see `fedrecsk.methods.fellrec.Train`."""
+        prior = prior_scores(counts, weight)
+        shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
+        rate = self._learning_rate()
+
+        def train(
+            adapters: Adapters, clients: Tensor, anchor: Adapters | None, proximal: float, t: int
+        ) -> tuple[Adapters, Tensor]:
+            numbers = clients.tolist()
+            frozen = None
+            if self.negatives == "all" and self.inference == "direct":
+                frozen = torch.stack(
+                    [model.encode_items(select(adapters, [k])) for k in range(len(numbers))]
+                )
+
+            def loss(adapters: Adapters, examples: Examples) -> Tensor:
+                generators = [
+                    streams.torch("dropout", *examples.key, numbers[client])
+                    for client in examples.clients
+                ]
+                if self.inference == "generate":
+                    return model.writing_losses(
+                        adapters,
+                        examples,
+                        n_clients=len(numbers),
+                        prompt_loss=self.prompt_loss,
+                        dropout=generators,
+                    )
+                return model.ranking_losses(
+                    adapters,
+                    examples,
+                    prior=prior[clients],
+                    shares=shares[clients],
+                    temperature=self.temperature,
+                    frozen_items=frozen,
+                    dropout=generators,
+                )
+
+            return train_adapters(
+                adapters,
+                loss,
+                sampler.steps(t, numbers),
+                learning_rate=rate,
+                weight_decay=self.weight_decay,
+                anchor=anchor,
+                proximal=proximal,
+            )
+
+        return train
+
+    def _learning_rate(self) -> float:
+        if self.learning_rate != "auto":
+            return float(self.learning_rate)
+        return AUTO_LEARNING_RATE["compact" if self.backbone is None else self.backend]
+
+    def _popularity_weight(
+        self,
+        model: TextModel,
+        platforms: Platforms,
+        held_out: HeldOut | None,
+        adapters: Adapters,
+        counts: Tensor,
+    ) -> float:
+        """Find the weight of popularity that ranks validation users best."""
+        if self.popularity_weight != "auto":
+            return float(self.popularity_weight)
+        if self.inference == "generate":
+            return 0.0  # what an untrained model writes says nothing of a trained one
+        if held_out is None or not len(held_out.users):
+            return AUTO_POPULARITY
+        users = np.bincount(platforms.of_user[held_out.users], minlength=len(platforms))
+        found = [
+            np.nansum(
+                users
+                * self._validate(model, platforms, held_out, adapters, counts, weight).cpu().numpy()
+            )
+            for weight in POPULARITY_GRID
+        ]
+        return POPULARITY_GRID[int(np.argmax(found))]
+
+    def _validate(
+        self,
+        model: TextModel,
+        platforms: Platforms,
+        held_out: HeldOut,
+        adapters: Adapters,
+        counts: Tensor,
+        weight: float,
+    ) -> Tensor:
+        """NDCG@20 (C,) of each platform's held-out users, nan where it has none."""
+        found = torch.full((len(platforms),), torch.nan, dtype=torch.float64)
+        tables: list[tuple[Adapters, Tensor]] = []
+        for platform, which in by_platform(platforms.of_user[held_out.users]):
+            users = held_out.users[which]
+            own = select(adapters, [platform])
+            windows = platforms.window(users, held_out.ends[users], self.max_history)
+            scores = self._scores(model, own, windows, counts[platform], weight, tables)
+            values = held_out.ndcg(scores.cpu().numpy(), platforms, which)
+            found[platform] = float(values.mean())
+        return found.to(model.device)
+
+    def _scores(
+        self,
+        model: TextModel,
+        own: Adapters,
+        windows: IntArray,
+        counts: Tensor,
+        weight: float,
+        tables: list[tuple[Adapters, Tensor]],
+    ) -> Tensor:
+        """Scores (n, n_items) of histories under one adapter; `tables` keeps item vectors."""
+        if self.inference == "generate":
+            queries = self._written(model, own, windows)[1]
+            if not tables:
+                tables.append((own, self._titles(model)))
+            items = tables[0][1]
+        else:
+            queries = model.encode_histories(own, windows)
+            items = items_under(model, own, tables)
+        return score_vectors(
+            queries, items, counts, weight, self.temperature, generated=self.inference == "generate"
+        )
+
+    # -------------------------------------------------------------------- serving
+
+    def _serve(
+        self,
+        model: TextModel,
+        platforms: Platforms,
+        adapters: Adapters,
+        weight: float,
+    ) -> Attributes:
+        """Encode users and items under the adapters that serve them."""
+        generate = self.inference == "generate"
+        everybody = platforms.window(
+            np.arange(platforms.n_users), platforms.lengths, self.max_history
+        )
+        users = torch.empty(platforms.n_users, model.backbone.width, device=model.device)
+        written = [""] * platforms.n_users
+        tables: list[tuple[Adapters, Tensor]] = []
+        item_vectors = []
+        crowd_adapter = mean(adapters)
+        for platform, which in by_platform(platforms.of_user):
+            own = select(adapters, [platform])
+            places = torch.from_numpy(which).to(model.device)
+            if generate:
+                titles, users[places] = self._written(model, own, everybody[which])
+                for place, title in zip(which, titles, strict=True):
+                    written[place] = title
+            else:
+                users[places] = model.encode_histories(own, everybody[which])
+                item_vectors.append(items_under(model, own, tables))
+        if generate:
+            nobody = np.full((1, self.max_history), -1, dtype=np.int64)
+            crowd = self._written(model, crowd_adapter, nobody)[1][0]
+            item_vectors = [self._titles(model)]
+        else:
+            item_vectors.append(items_under(model, crowd_adapter, tables))
+            some = np.linspace(0, platforms.n_users - 1, min(CROWD_SAMPLE, platforms.n_users))
+            sample = everybody[np.unique(some.astype(np.int64))]
+            crowd = model.encode_histories(crowd_adapter, sample).mean(0)
+        counts = platforms.counts(platforms.lengths)
+        stacked = torch.stack(item_vectors).cpu().numpy()
+        attributes: Attributes = {
+            "adapters_": {name: value.cpu().numpy() for name, value in adapters.items()},
+            "user_factors_": users.cpu().numpy(),
+            "crowd_factors_": crowd.cpu().numpy(),
+            "item_vectors_": stacked,
+            "item_factors_": stacked[-1],
+            "item_counts_": np.concatenate([counts, counts.sum(0)[None]]),
+            "user_platforms_": platforms.of_user,
+            "popularity_weight_": weight,
+            "temperature_": self.temperature,
+            "generated_titles_": tuple(written) if generate else (),
+            "generates_": generate,
+        }
+        attributes["intercept_"] = find_intercept(attributes, platforms)
+        return attributes
+
+    def _written(
+        self, model: TextModel, own: Adapters, windows: IntArray
+    ) -> tuple[list[str], Tensor]:
+        """Titles that are written for histories (n, H), and their vectors without adapters."""
+        longest = int(model.titles.lengths.max(initial=1)) + 1
+        with model.lora.using(own):
+            titles = generate_titles(
+                model.backbone,
+                model.prompts(windows),
+                num_beams=self.num_beams,
+                max_new_tokens=min(longest, MAX_TITLE_TOKENS),
+            )
+        return titles, embed_last_token(model.backbone, titles)
+
+    def _titles(self, model: TextModel) -> Tensor:
+        """Vectors of the items' titles without adapters."""
+        return embed_last_token(model.backbone, model.title_texts)
+
+    def _score_items(self, users: NDArray[np.int64]) -> FloatArray:
+        platforms = np.where(users >= 0, self.user_platforms_[users], len(self.platform_ids_))
+        scores = np.empty((len(users), len(self.item_ids_)), dtype=np.float32)
+        for platform, which in by_platform(platforms):
+            rows = self.user_factors_[users[which]]
+            if platform == len(self.platform_ids_):
+                rows = np.repeat(self.crowd_factors_[None], len(which), axis=0)
+            table = 0 if self.generates_ else platform
+            scores[which] = score_vectors(
+                torch.from_numpy(rows),
+                torch.from_numpy(self.item_vectors_[table]),
+                torch.from_numpy(self.item_counts_[platform]).float(),
+                self.popularity_weight_,
+                self.temperature_,
+                generated=self.generates_,
+            ).numpy()
+        return scores
+
+    def _probability(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        # One shift for all: the order of rows stays, and the mean is that of the data.
+        probability: NDArray[np.float64] = expit(scores + self.intercept_)
+        return probability
+
+    # ------------------------------------------------------------------- adapters
+
+    def save_adapters(self, folder: str | Path) -> list[Path]:
+        """Write every platform's adapter in the format of PEFT, a folder each.
+
+        ``peft.PeftModel.from_pretrained(base_model, folder / "client-<id>")`` opens one.
+
+        Parameters
+        ----------
+        folder : str or Path
+            Made if missing.
+
+        Returns
+        -------
+        list of Path
+            The folders, in the order of ``platform_ids_``.
+        """
+        check_is_fitted(self)
+        return adapter_files.save_adapters(
+            folder,
+            {name: torch.from_numpy(value) for name, value in self.adapters_.items()},
+            self.platform_ids_,
+            base_model=self.backbone_name_,
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            targets=self.lora_targets_,
+            task_type="CAUSAL_LM" if self.backend == "causal" else "FEATURE_EXTRACTION",
+            fan_in_fan_out=self.lora_fan_in_fan_out_,
+        )
+
+    def load_adapters(self, folder: str | Path) -> Self:
+        """Serve with adapters that `save_adapters`, or another program, has written.
+
+        Users and items are encoded anew; nothing is trained.
+
+        Parameters
+        ----------
+        folder : str or Path
+            With an adapter for every platform, on the same backbone.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            If an adapter is missing, or of another rank, scaling or layers.
+        """
+        check_is_fitted(self)
+        adapters, ids, settings = adapter_files.load_adapters(folder)
+        places, known = Vocabulary(np.sort(ids)).encode(self.platform_ids_)
+        if not known.all():
+            missing = self.platform_ids_[~known].tolist()
+            raise ValueError(f"{folder} has no adapter for the platforms {missing}.")
+        ours = self.lora_rank, self.lora_alpha
+        if (settings["rank"], settings["alpha"]) != ours:
+            raise ValueError(
+                f"The adapters in {folder} have rank {settings['rank']} and alpha "
+                f"{settings['alpha']}; this estimator has {ours[0]} and {ours[1]}."
+            )
+        chosen = select(adapters, np.argsort(ids, kind="stable")[places].tolist())
+        items, codes = catalogue(self._interactions, self.item_text)
+        streams = Streams.from_random_state(self.random_state)
+        with torch_threads(CPU_CHUNK_ROWS * self.batch_size):
+            model, _ = self._open(items, self.compact_, streams)
+            try:
+                check_same_layers(chosen, model, folder)
+                platforms = make_platforms(
+                    self._interactions,
+                    codes,
+                    len(items),
+                    n_platforms=self.n_platforms,
+                    streams=streams,
+                    previous=dict(vars(self)),
+                )
+                chosen = {name: value.to(model.device) for name, value in chosen.items()}
+                served = self._serve(model, platforms, chosen, self.popularity_weight_)
+            finally:
+                model.lora.restore()
+        for name, value in served.items():
+            setattr(self, name, value)
+        return self
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _saved(self, data: Interactions, items: Catalogue, platforms: Platforms) -> Saved:
+        """Say where this fit is kept, and by what it is told from others."""
+        if self.checkpoint is None:
+            return Saved(None, "")
+        if not isinstance(self.random_state, int | np.integer):
+            raise ValueError(
+                f"checkpoint needs an int as random_state, got {self.random_state!r}: without one "
+                "a fit cannot go on to the same result."
+            )
+        left_out = {"checkpoint", "item_text", "n_rounds", "verbose", "device", "warm_start"}
+        settings = {
+            name: repr(value)
+            for name, value in self.get_params(deep=False).items()
+            if name not in left_out
+        }
+        if callable(self.backbone):
+            settings["backbone"] = getattr(self.backbone, "__qualname__", "")
+        mark = fingerprint(
+            settings,
+            {
+                "users": data.users.ids,
+                "items": items.items.ids,
+                "texts": np.array(items.texts),
+                "of_user": platforms.of_user,
+                "indptr": platforms.indptr,
+                "histories": platforms.items,
+            },
+        )
+        return Saved(Path(self.checkpoint), mark)

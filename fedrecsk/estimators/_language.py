@@ -1,0 +1,280 @@
+"""Pieces of `FELLRecRecommender` that need nothing of its parameters but what they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.special import expit
+from torch import Tensor
+
+from fedrecsk.data.interactions import Interactions
+from fedrecsk.data.prompts import Catalogue
+from fedrecsk.data.vocabulary import Vocabulary
+from fedrecsk.engine.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from fedrecsk.engine.rounds import Record
+from fedrecsk.engine.streams import Streams
+from fedrecsk.estimators._base import Attributes
+from fedrecsk.estimators._platforms import Platforms
+from fedrecsk.methods.dynamic_balance import Uploads
+from fedrecsk.methods.fellrec import FELLRecState
+from fedrecsk.models.backbone import Backbone
+from fedrecsk.models.generation import ground, inject_popularity
+from fedrecsk.models.reconstruction import reconstruction_risk, suggest_client_layers
+from fedrecsk.models.stacked_lora import Adapters, mean
+from fedrecsk.models.text_model import TextModel
+
+IntArray = NDArray[np.int64]
+
+# Users whose vectors make the crowd's, and who say how probable an interaction is.
+CROWD_SAMPLE = 512
+# Texts, and tokens of each, that the attack behind client_layers="auto" is tried on.
+ATTACKED_TEXTS, MOST_ATTACKED_TOKENS = 512, 64
+
+
+def by_platform(platforms: IntArray) -> Iterator[tuple[int, IntArray]]:
+    """Give each platform that comes up, and where."""
+    for platform in np.unique(platforms).tolist():
+        yield platform, np.flatnonzero(platforms == platform)
+
+
+def prior_scores(counts: Tensor, weight: float) -> Tensor:
+    """Give what popularity adds to the scores of items, from counts (..., n_items)."""
+    return weight * torch.log1p(counts)
+
+
+def score_vectors(
+    queries: Tensor,
+    items: Tensor,
+    counts: Tensor,
+    weight: float,
+    temperature: float,
+    *,
+    generated: bool,
+) -> Tensor:
+    """Scores (n, n_items) of vectors of histories, or of titles that were written."""
+    if generated:
+        return inject_popularity(-ground(queries, items), counts, weight)
+    return queries @ items.T / temperature + prior_scores(counts, weight)
+
+
+def items_under(model: TextModel, own: Adapters, tables: list[tuple[Adapters, Tensor]]) -> Tensor:
+    """Item vectors (n_items, width) under an adapter; `tables` remembers those of others.
+
+    After an average all platforms hold the same adapter, and the catalogue is read once.
+    """
+    for adapters, table in tables:
+        if all(torch.equal(adapters[name], value) for name, value in own.items()):
+            return table
+    table = model.encode_items(own)
+    tables.append((own, table))
+    return table
+
+
+def find_intercept(attributes: Attributes, platforms: Platforms) -> float:
+    """Shift scores so that the mean probability of a pair is the share of pairs in the data."""
+    users = np.unique(np.linspace(0, platforms.n_users - 1, CROWD_SAMPLE).astype(np.int64))
+    found = []
+    for platform, which in by_platform(platforms.of_user[users]):
+        table = 0 if attributes["generates_"] else platform
+        found.append(
+            score_vectors(
+                torch.from_numpy(attributes["user_factors_"][users[which]]),
+                torch.from_numpy(attributes["item_vectors_"][table]),
+                torch.from_numpy(attributes["item_counts_"][platform]).float(),
+                attributes["popularity_weight_"],
+                attributes["temperature_"],
+                generated=attributes["generates_"],
+            ).numpy()
+        )
+    scores = np.concatenate(found).astype(np.float64)
+    if not np.isfinite(scores).all():
+        raise FloatingPointError(
+            "Training diverged: the scores are not finite. Lower learning_rate."
+        )
+    share = len(platforms.items) / (platforms.n_users * platforms.n_items)
+    share = min(max(share, 1e-9), 1.0 - 1e-9)
+    low, high = -scores.max() - 50.0, -scores.min() + 50.0
+    return float(brentq(lambda shift: expit(scores + shift).mean() - share, low, high))
+
+
+def about(
+    data: Interactions, codes: IntArray, items: Catalogue, platforms: Platforms
+) -> Attributes:
+    """Fitted attributes that training does not change."""
+    matrix = data.matrix()
+    return {
+        "item_ids_": items.items.ids,
+        # Both vocabularies are sorted, so the items of a user stay in order.
+        "seen_indptr_": matrix.indptr.astype(np.int64),
+        "seen_indices_": codes[matrix.indices],
+        "platform_ids_": platforms.ids,
+        "client_platforms_": platforms.of_client,
+        "platforms_are_clients_": bool(np.array_equal(platforms.ids, data.clients.ids)),
+    }
+
+
+def mean_of_best(state: FELLRecState, users: IntArray) -> float:
+    """Mean over validation users of the best values so far; -inf if nobody validates."""
+    values = state.best_value.cpu().numpy()
+    known = np.isfinite(values) & (users > 0)
+    if not known.any():
+        return 0.0
+    return float(np.average(values[known], weights=users[known]))
+
+
+def adapters_before(start: Adapters, platforms: Platforms, previous: Attributes) -> Adapters:
+    """Put earlier adapters in the places of known platforms; new ones start from their mean."""
+    before = {name: torch.from_numpy(value) for name, value in previous["adapters_"].items()}
+    if before.keys() != start.keys() or any(
+        before[name].shape[1:] != value.shape[1:] for name, value in start.items()
+    ):
+        raise ValueError(
+            "Cannot go on with other adapters than before: the backbone, lora_rank or "
+            "target_modules changed since the last fit. Fit anew with warm_start=False."
+        )
+    old_ids = previous["platform_ids_"]
+    order = np.argsort(old_ids, kind="stable")
+    places, known = Vocabulary(old_ids[order]).encode(platforms.ids)
+    centre = mean(before)
+    return {
+        name: torch.stack(
+            [
+                before[name][order[place]] if is_known else centre[name][0]
+                for place, is_known in zip(places, known, strict=True)
+            ]
+        ).to(value)
+        for name, value in start.items()
+    }
+
+
+def check_periods(periods: ArrayLike | None, n_clients: int, device: torch.device) -> Tensor:
+    """Read the rounds that each platform needs for a local training."""
+    if periods is None:
+        return torch.ones(n_clients, dtype=torch.int64, device=device)
+    found = np.asarray(periods)
+    if found.shape != (n_clients,) or found.dtype.kind not in "iu" or found.min(initial=1) != 1:
+        raise ValueError(
+            f"client_periods must give each of the {n_clients} platforms a whole number of "
+            f"rounds, 1 for the fastest; got {periods!r}."
+        )
+    return torch.from_numpy(found.astype(np.int64)).to(device)
+
+
+def check_same_layers(adapters: Adapters, model: TextModel, folder: str | Path) -> None:
+    """Refuse adapters for other layers than those of the model."""
+    wanted = {f"{path}.{side}" for path in model.lora.targets for side in ("lora_A", "lora_B")}
+    if adapters.keys() != wanted:
+        strange = sorted(adapters.keys() ^ wanted)
+        raise ValueError(
+            f"The adapters in {folder} are for other layers than this estimator's, such as "
+            f"{strange[0]}."
+        )
+
+
+def bytes_crossed(model: TextModel) -> int:
+    """Bytes that have crossed the boundary between client and server so far."""
+    return 0 if model.split is None else sum(model.split.boundary.sent.values())
+
+
+def safe_layers(backbone: Backbone, items: Catalogue, max_risk: float, streams: Streams) -> int:
+    """Find the fewest layers that keep the reconstruction of texts below a risk.
+
+    The item texts are public, so the server can try its own attack on them.
+    """
+    order = streams.numpy("attack").permutation(len(items))[:ATTACKED_TEXTS]
+    encoded = backbone.tokenizer(
+        [items.texts[place] for place in order],
+        padding=True,
+        truncation=True,
+        max_length=MOST_ATTACKED_TOKENS,
+        return_tensors="pt",
+    ).to(backbone.device)
+    half = len(order) // 2
+    known, secret = (
+        (encoded["input_ids"][part], encoded["attention_mask"][part])
+        for part in (slice(half), slice(half, None))
+    )
+    curve = reconstruction_risk(
+        backbone.model,
+        backbone.layers_path,
+        known,
+        secret,
+        special_ids=backbone.tokenizer.all_special_ids,
+    )
+    return suggest_client_layers(curve, max_risk)
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """A fit on disk.
+
+    Attributes
+    ----------
+    folder : Path or None
+        None: nothing is saved.
+    mark : str
+        Of the fit, see `fedrecsk.engine.checkpoints.fingerprint`.
+    """
+
+    folder: Path | None
+    mark: str
+
+    def write(self, state: FELLRecState, history: Sequence[Record]) -> None:
+        """Save the state after a round."""
+        if self.folder is None:
+            return
+        tensors = {
+            f"{part}/{name}": value
+            for part, adapters in _parts(state).items()
+            for name, value in adapters.items()
+        }
+        tensors["uploads.losses"] = state.uploads.losses
+        tensors["uploads.moments"] = state.uploads.moments
+        tensors["best_value"] = state.best_value
+        save_checkpoint(self.folder, Checkpoint(tensors, list(history)), self.mark)
+
+    def load(self, start: FELLRecState) -> tuple[FELLRecState, list[Record]]:
+        """Give the saved state and the rounds before it, or the start and none."""
+        found = None if self.folder is None else load_checkpoint(self.folder, self.mark)
+        if found is None:
+            return start, []
+        parts: dict[str, dict[str, Any]] = {
+            part: {
+                name: found.tensors[f"{part}/{name}"].to(value) for name, value in adapters.items()
+            }
+            for part, adapters in _parts(start).items()
+        }
+        device = start.best_value.device
+        uploads = Uploads(
+            adapters=parts["uploads"],
+            starts=parts["starts"],
+            losses=found.tensors["uploads.losses"].to(device),
+            moments=found.tensors["uploads.moments"].to(device),
+        )
+        state = replace(
+            start,
+            adapters=parts["adapters"],
+            shared=parts["shared"],
+            best=parts["best"],
+            uploads=uploads,
+            best_value=found.tensors["best_value"].to(device),
+        )
+        return state, found.history
+
+
+def _parts(state: FELLRecState) -> dict[str, Adapters]:
+    """All adapters in a state, by what they are."""
+    return {
+        "adapters": state.adapters,
+        "shared": state.shared,
+        "best": state.best,
+        "uploads": state.uploads.adapters,
+        "starts": state.uploads.starts,
+    }
