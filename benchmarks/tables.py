@@ -20,6 +20,7 @@ import accuracy
 import fedfnn_cost as cost
 import fedfnn_sensitivity as sensitivity
 import fedfnn_streaming as streaming
+import fellrec_split as split
 from _common import RESULTS, paired_ratio
 
 HERE = Path(__file__).parent
@@ -178,6 +179,25 @@ def fedfnn_cost_section(report: Report) -> str:
     return "\n\n".join([*parts, *goals(report)])
 
 
+def fellrec_split_section(report: Report) -> str:
+    """Tables of what each side holds and takes, what can be read, and how fast clients train."""
+    parts = [origin(report)]
+    for name, models in report["data"].items():
+        for heading, header, rows in split.tables_of(models):
+            parts += [f"**{name}; {heading}**", markdown(header, rows)]
+    return "\n\n".join([*parts, *goals(report)])
+
+
+def fellrec_split_summary(report: Report) -> str:
+    """One table: the smallest real client of every model, and what is left to read."""
+    rows = [
+        [f"{model}, {name}", *split.summary_cells(result)]
+        for name, models in report["data"].items()
+        for model, result in models.items()
+    ]
+    return markdown(["", *split.SUMMARY], rows)
+
+
 def hetefedrec_sizes_section(report: Report) -> str:
     """Quality, curves, costs and claims of every data set and base model."""
     parts = [origin(report)]
@@ -207,6 +227,7 @@ SECTIONS: Places = {
     "fedfnn_cost": ("fedfnn_cost", fedfnn_cost_section),
     "fedfnn_sensitivity": ("fedfnn_sensitivity", fedfnn_sensitivity_section),
     "fedfnn_streaming": ("fedfnn_streaming", fedfnn_streaming_section),
+    "fellrec_split": ("fellrec_split", fellrec_split_section),
     "hetefedrec_sizes": ("hetefedrec_sizes", hetefedrec_sizes_section),
     "whole_data": ("whole_data", whole_data_section),
 }
@@ -215,6 +236,7 @@ SUMMARIES: Places = {
     "convergence": ("fedfnn_convergence", fedfnn_convergence_summary),
     "sizes": ("hetefedrec_sizes", hetefedrec_sizes_summary),
     "speed": ("cohort_speed", cohort_speed_summary),
+    "split": ("fellrec_split", fellrec_split_summary),
 }
 
 

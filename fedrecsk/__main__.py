@@ -23,6 +23,7 @@ from fedrecsk import (
     FedAvgRecommender,
     FedFastRecommender,
     FedFNNRecommender,
+    FELLRecRecommender,
     HeteFedRecRecommender,
     PopularityRecommender,
 )
@@ -40,7 +41,11 @@ METHODS: dict[str, type[Any]] = {
     "fedfast": FedFastRecommender,
     "fedfnn": FedFNNRecommender,
     "hetefedrec": HeteFedRecRecommender,
+    "fellrec": FELLRecRecommender,
 }
+# Methods that read texts of items, and how many rounds they get where --rounds says nothing: a
+# language model takes minutes for its own number, the others seconds.
+READERS = {"fellrec": 2}
 
 # Size of the made-up data: all methods together take seconds.
 N_USERS, N_ITEMS, N_CLUSTERS = 2_000, 1_000, 10
@@ -198,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_outputs(arguments)
         split = _split(arguments)
         print(split.description, flush=True)
-        results = [_run(method, split, arguments) for method in _methods(arguments.methods)]
+        results = [_run(method, split, arguments) for method in _methods(arguments.methods, split)]
         print(f"\n{_table(results)}")
         if arguments.json is not None:
             report = _report(results, split, arguments)
@@ -234,7 +239,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"all, or some of {', '.join(METHODS)}; default: all",
     )
-    parser.add_argument("--rounds", type=int, metavar="N", help="default: each method's own")
+    quick = ", ".join(f"{n_rounds} for {method}" for method, n_rounds in READERS.items())
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help=f"default: each method's own, but {quick}"
+    )
     parser.add_argument(
         "--clients-per-round",
         type=_number,
@@ -273,8 +281,21 @@ def _number(text: str) -> int | float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
-def _methods(names: Sequence[str]) -> list[str]:
-    return [name for name in METHODS if "all" in names or name in names]
+def _methods(names: Sequence[str], split: Split) -> list[str]:
+    """List the methods that are asked for, and say which the data cannot feed."""
+    wanted = [name for name in METHODS if "all" in names or name in names]
+    if split.item_text:
+        return wanted
+    readers = ", ".join(name for name in wanted if name in READERS)
+    fed = [name for name in wanted if name not in READERS]
+    if not fed:
+        raise ValueError(
+            f"{readers} reads the texts of items, and these data have none. Choose other "
+            "--methods, or data with titles."
+        )
+    if readers:
+        print(f"Left out, since the data have no item texts: {readers}", flush=True)
+    return fed
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
@@ -331,7 +352,7 @@ def _split(arguments: argparse.Namespace) -> Split:
 def _run(method: str, split: Split, arguments: argparse.Namespace) -> Comparison:
     """Fit one method with progress, and judge it."""
     options = {
-        "n_rounds": arguments.rounds,
+        "n_rounds": READERS.get(method) if arguments.rounds is None else arguments.rounds,
         "clients_per_round": arguments.clients_per_round,
         "n_factors": arguments.factors,
         "min_rating": arguments.min_rating,

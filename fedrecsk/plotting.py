@@ -708,7 +708,7 @@ class SplitDisplay:
         Parameters
         ----------
         costs : sequence of mapping
-            As from ``fedrecsk.models.split_lm.split_costs``: one for each split, with
+            As from ``fedrecsk.models.split_costs.split_costs``: one for each split, with
             ``n_client_layers`` and ``client_parameters``.
         risk : sequence of mapping, default=None
             As from ``fedrecsk.models.reconstruction.reconstruction_risk``: one for each of the

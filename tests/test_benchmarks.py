@@ -14,6 +14,7 @@ from sklearn.base import BaseEstimator
 from fedrecsk import FedFNNRecommender, PopularityRecommender
 from fedrecsk.datasets import make_interactions
 from fedrecsk.metrics import evaluate
+from fedrecsk.models.text_vectors import TokenRows
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -32,6 +33,7 @@ cohort_speed, tables = script("cohort_speed"), script("tables")
 curves, convergence_report = script("_curves"), script("_convergence_report")
 convergence, sensitivity = script("fedfnn_convergence"), script("fedfnn_sensitivity")
 sizes, sizes_report = script("hetefedrec_sizes"), script("_sizes_report")
+split = script("fellrec_split")
 
 
 @pytest.fixture(scope="module")
@@ -971,6 +973,173 @@ def test_sizes_runs_and_writes(only_tiny, tmp_path, capsys):
     filled = tables.rewrite(summary, {"hetefedrec_sizes": report}, tables.SUMMARIES)
     value = np.mean(report["summary"][0]["methods"]["All Small"]["ndcg@20"])
     assert f"| All Small | {value:.3f} |" in filled
+
+
+# ------------------------------------------------------------ fellrec_split
+
+
+@pytest.fixture(scope="module")
+def split_run(tmp_path_factory):
+    """A try of the script with the compact encoder: its JSON, and where it is."""
+    folder = tmp_path_factory.mktemp("split")
+    out = folder / "fellrec_split.json"
+    words = ["--quick", "--compact", "encoder", "--out", str(out)]
+    if importlib.util.find_spec("matplotlib"):
+        words += ["--figure", str(folder / "split.png")]
+    assert split.main(words) == 0
+    assert (folder / "split.png").is_file() == ("--figure" in words)
+    return json.loads(out.read_text()), out
+
+
+def test_split_runs_and_writes(split_run):
+    report, out = split_run
+    assert report["command"] == (
+        "python benchmarks/fellrec_split.py --seeds 3 --quick --compact encoder"
+    )
+    assert report["goals"] == []
+    assert str(out.parent) not in out.read_text()
+    models = report["data"]["made-up"]
+    assert list(models) == ["compact encoder"]
+    result = models["compact encoder"]
+    assert [row["n_client_layers"] for row in result["splits"]] == list(range(result["layers"]))
+    assert split.worst(result) < split.TOLERANCE
+    assert result["frozen"][0]["linear_inverter"] > 0.9  # embedded tokens tell nearly all
+    assert result["speed"]["rows"] == 5 * split.QUICK.batch
+    text = "<!-- fellrec_split -->\n<!-- /fellrec_split -->"
+    filled = tables.rewrite(text, {"fellrec_split": report}, tables.SECTIONS)
+    assert filled.count("| compact encoder |") == 2  # heads of suggestions, row of speed
+    assert f"| {split.TOLD[1]} |" in filled
+    summary = tables.rewrite(
+        "<!-- split -->\n<!-- /split -->", {"fellrec_split": report}, tables.SUMMARIES
+    )
+    assert f"| {result['speed']['ratio']:.2f} |" in summary
+
+
+def test_split_ends_with_1_where_it_differs(split_run, monkeypatch, tmp_path):
+    result = dict(split_run[0]["data"]["made-up"]["compact encoder"])
+    monkeypatch.setattr(split, "compact_opener", lambda backend, texts: None)
+    words = ["--quick", "--compact", "causal", "--out", str(tmp_path / "x.json")]
+    for difference, code in ((2e-4, 1), (float("nan"), 1), (1e-5, 0)):
+        result["splits"] = [{**row, "gradient_difference": difference} for row in result["splits"]]
+        monkeypatch.setattr(split, "measure", lambda *args, result=result, **kwargs: result)
+        assert split.main(words) == code
+
+
+def test_split_goes_on_with_what_other_runs_measured(split_run, monkeypatch, tmp_path):
+    result = split_run[0]["data"]["made-up"]["compact encoder"]
+    monkeypatch.setattr(split, "compact_opener", lambda backend, texts: None)
+    monkeypatch.setattr(split, "measure", lambda *args, **kwargs: result)
+    out = tmp_path / "x.json"
+    for kind in ("encoder", "causal", "causal"):
+        assert split.main(["--compact", kind, "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert list(report["data"]["made-up"]) == ["compact encoder", "compact causal"]
+    assert len(report["commands"]) == 2
+    assert [goal["value"] for goal in report["goals"][::2]] == [split.worst(result)] * 2
+    split.main(["--quick", "--compact", "causal", "--out", str(out)])
+    assert list(json.loads(out.read_text())["data"]["made-up"]) == ["compact causal"]
+
+
+@pytest.fixture(scope="module")
+def split_model():
+    """Made-up histories, and a model that knows the words of a few items."""
+    (data,) = split.load_histories(None)
+    opener = split.compact_opener("encoder", data.items.texts[:6])
+    return data, split.open_with_adapters(opener(), data.items)
+
+
+def test_split_attacks_what_the_adapters_make_of_a_text(split_model, monkeypatch):
+    data, model = split_model
+    generator = torch.Generator().manual_seed(0)
+    adapters = {
+        name: torch.randn(value.shape, generator=generator)
+        for name, value in model.lora.init(1, generator).items()
+    }
+    monkeypatch.setattr(split, "train", lambda *args: (adapters, []))
+    run = split.attack(model, data, split.QUICK, 0, 1e-3)
+    assert run["frozen"][0] == run["trained"][0]  # no adapter has acted on the embedded tokens
+    assert run["frozen"][1:] != run["trained"][1:]
+    assert split.mean_curve([run, run], "frozen") == run["frozen"]
+
+
+def test_split_trains_on_the_histories(split_model):
+    data, model = split_model
+    windows, targets = data.windows(data.some_users(8, 0))
+    effort = replace(split.QUICK, steps=10, batch=8)
+    adapters, (first, last) = split.train(model, windows, targets, effort, 0, 1e-2)
+    assert last < first
+    assert all(value.abs().max() > 0 for value in adapters.values())
+
+
+def test_split_sees_a_difference(split_model, monkeypatch):
+    """Another answer of the server must show, or the comparison proves nothing."""
+    data, model = split_model
+    tokens, mask = split.read(model.histories, data.windows(data.some_users(2, 0))[0])
+    rows = split.differences(model, tokens, mask)
+    assert max(row["output_difference"] for row in rows) < 1e-6
+
+    class Contrary(split.MiddleServer):
+        def forward(self, hidden, calls, tensors, *, train):
+            output, run = super().forward(hidden, calls, tensors, train=train)
+            return -output, run
+
+    monkeypatch.setattr(split, "MiddleServer", Contrary)
+    rows = split.differences(model, tokens, mask)
+    assert rows[0]["output_difference"] > 1e-3
+    assert rows[0]["gradient_difference"] > 1e-3
+    assert rows[1]["output_difference"] < 1e-6  # no layer is left for the server
+    nothing = {"a": torch.ones(1), "b": torch.tensor([torch.nan])}
+    assert np.isnan(split._relative(nothing, {"a": torch.ones(1), "b": torch.ones(1)}))
+
+
+@pytest.mark.parametrize("newest_first", [True, False])
+@pytest.mark.parametrize("max_tokens", [20, 9, 6])
+def test_split_numbers_tokens_by_their_titles(newest_first, max_tokens):
+    pieces = split_pieces()
+    form = split.TextForm(
+        pieces, (90, 91), (92,), 0, max_tokens, newest_first=newest_first, between=1
+    )
+    windows = np.array([[0, 1, 2], [2, -1, -1], [1, 0, -1]])
+    tokens, _ = form.read(windows)
+    numbers = split.title_numbers(form, windows)
+    assert numbers.shape == tokens.shape
+    for row, window, own in zip(numbers, windows, tokens, strict=True):
+        kept = [code for code in window if code >= 0]
+        kept = [code for code in kept if set(pieces[code][1:]) & set(own)]  # there is room for it
+        order = kept if newest_first else kept[::-1]
+        for number, code in enumerate(order):
+            inside = pieces[code][1:]  # without what stands between titles
+            assert set(own[row == number]) == set(inside) & set(own)
+        assert not set(own[row < 0]) & {token for code in kept for token in pieces[code][1:]}
+
+
+def split_pieces():
+    """Tokens of three items, each after what stands between titles, 50."""
+    return TokenRows.of([[50, 1, 2], [50, 3], [50, 4, 5, 6, 7]])
+
+
+def test_split_suggests_layers_or_says_none():
+    curve = [
+        {"layer": j, "nearest_token": 0.0, "linear_inverter": rate}
+        for j, rate in enumerate([1.0, 0.8, 0.4, 0.3, 0.6])
+    ]
+    assert split.suggestions(curve) == {"0.9": 1, "0.75": 2, "0.5": 2, "0.25": None, "0.1": None}
+
+
+def test_split_takes_names_not_folders(tmp_path):
+    folder = tmp_path / "some-model"
+    arguments = split.parse(["--compact", "none", "--backbone", str(folder)])
+    assert arguments.paths == {"some-model": str(folder)}
+    assert arguments.repeat.endswith("--compact none --backbone some-model")
+    with pytest.raises(SystemExit):
+        split.parse(["--compact", "none"])
+
+
+def test_split_needs_titles(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("user_id,item_id\n1,2\n")
+    with pytest.raises(SystemExit, match="rows has no titles"):
+        list(split.load_histories([path]))
 
 
 # ------------------------------------------------------------------- tables

@@ -64,7 +64,7 @@ def test_built_in_data_all_methods(small, capsys):
     assert table["popularity"]["rounds"] == 1
     assert table["fedavg"]["MB down"] > 0
     lines = err.splitlines()  # not a terminal: whole lines, one a round here
-    trained = ("Centralized", "FedAvg", "FedFast", "FedFNN", "HeteFedRec")
+    trained = ("Centralized", "FedAvg", "FedFast", "FedFNN", "HeteFedRec", "FELLRec")
     expected = [("Popularity", 1, 1), *((name, t, 3) for name in trained for t in (1, 2, 3))]
     assert len(lines) == len(expected)
     for line, (name, done, n_rounds) in zip(lines, expected, strict=True):
@@ -109,6 +109,26 @@ def test_numbers_are_those_of_the_library(csv, capsys, tmp_path):
         assert result["rounds"] == model.n_rounds_ == len(result["history"])
         assert result["params"] == model.get_params()
         assert result["estimator"] == type(model).__name__
+
+
+def test_methods_that_read_need_texts(csv, capsys):
+    assert main(["--data", str(csv), "--methods", "fellrec", "popularity"]) == 0
+    out = capsys.readouterr().out
+    assert "Left out, since the data have no item texts: fellrec\n" in out
+    assert list(rows_of(out)) == ["popularity"]
+    assert "fellrec reads the texts of items" in fails(
+        capsys, "--data", str(csv), "--methods", "fellrec"
+    )
+
+
+def test_methods_that_read_get_the_texts_and_few_rounds(small, capsys, tmp_path):
+    report = tmp_path / "report.json"
+    assert main(["--methods", "fellrec", "--json", str(report)]) == 0
+    table = rows_of(capsys.readouterr().out)
+    assert table["fellrec"]["rounds"] == program.READERS["fellrec"]
+    (result,) = json.loads(report.read_text())["results"]
+    made = make_interactions(60, 40, 2, random_state=0)
+    assert result["params"]["item_text"] == {str(k): v for k, v in made.item_text.items()}
 
 
 def test_client_ids_of_the_file_are_used(tmp_path, capsys):

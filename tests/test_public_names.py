@@ -16,8 +16,10 @@ PUBLIC = {
         "CentralizedRecommender",
         "FedAvgRecommender",
         "FedFNNRecommender",
+        "FELLRecRecommender",
         "FedFastRecommender",
         "HeteFedRecRecommender",
+        "NoItemTextWarning",
         "NothingHeldOutError",
         "NothingHeldOutWarning",
         "PopularityRecommender",
@@ -176,6 +178,8 @@ def test_fitted_attributes_are_documented(name):
     model = CLASSES[name]()
     if "n_rounds" in model.get_params():
         model.set_params(n_rounds=1)
+    if "item_text" in model.get_params():
+        model.set_params(item_text={1: "one", 2: "two"})
     model.fit([[0, 1], [0, 2], [1, 2]])
     fitted = {each for each in vars(model) if each.endswith("_") and not each.startswith("_")}
     assert fitted <= documented

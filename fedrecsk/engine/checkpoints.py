@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -84,7 +86,11 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, mark: str) -> No
     folder.mkdir(parents=True, exist_ok=True)
     done = len(checkpoint.history)
     name = f"{done}.{TENSORS}"
-    tensors = {key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()}
+    # Clones, since parts of a state may share their memory, which the format refuses.
+    tensors = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in checkpoint.tensors.items()
+    }
     save_file(tensors, folder / f"{name}.part")
     os.replace(folder / f"{name}.part", folder / name)
     # The record names its tensors: whichever of them is on disk, the two belong together.
@@ -93,7 +99,7 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, mark: str) -> No
     part = folder / f"{RECORD}.part"
     part.write_text(text, encoding="utf-8")
     os.replace(part, folder / RECORD)
-    for old in folder.glob(f"*.{TENSORS}"):
+    for old in folder.glob(f"[0-9]*.{TENSORS}"):
         if old.name != name:
             old.unlink()
 
@@ -122,11 +128,9 @@ def load_checkpoint(folder: str | Path, mark: str) -> Checkpoint | None:
         return None
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        theirs, name, history = record["mark"], record["tensors"], record["history"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"The checkpoint in {folder} cannot be read ({error}). Remove the folder to start anew."
-        ) from error
+        theirs, name, history = record["mark"], str(record["tensors"]), list(record["history"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _unreadable(folder, error) from error
     if theirs != mark:
         raise ValueError(
             f"The checkpoint in {folder} is of a fit with other data, parameters or random state. "
@@ -137,4 +141,14 @@ def load_checkpoint(folder: str | Path, mark: str) -> Checkpoint | None:
             f"The checkpoint in {folder} names {name!r}, which is not there. Remove the folder to "
             "start anew."
         )
-    return Checkpoint(load_file(folder / name), history)
+    try:
+        return Checkpoint(load_file(folder / name), history)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"The checkpoint in {folder} cannot be read ({type(error).__name__}: {error}). Remove the "
+        "folder to start anew."
+    )

@@ -104,8 +104,8 @@ def run_rounds(
     bound = _largest_loss(history[0]) if history else math.inf
     best_state, best_value, waited = state, -math.inf, 0
     if early_stopping is not None:
-        for record in history:
-            value = record["validation_ndcg"]
+        for done in history:
+            value = done["validation_ndcg"]
             waited = 0 if value > best_value + early_stopping.tol else waited + 1
             best_value = max(best_value, value)
         if history and waited >= early_stopping.n_iter_no_change:
@@ -141,5 +141,8 @@ def run_rounds(
 
 
 def _largest_loss(first: Record) -> float:
-    """Give the loss above which a fit has diverged."""
-    return DIVERGED * max(abs(first["loss"]), TINY_LOSS)
+    """Give the loss above which a fit has diverged; any, where nobody had examples."""
+    if first["loss"] == 0:
+        return math.inf
+    bound: float = DIVERGED * max(abs(first["loss"]), TINY_LOSS)
+    return bound

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
@@ -23,7 +24,13 @@ from fedrecsk.engine.device import resolve_device, torch_threads
 from fedrecsk.engine.rounds import EarlyStopping, Record, run_rounds
 from fedrecsk.engine.shards import CPU_CHUNK_ROWS
 from fedrecsk.engine.streams import Streams
-from fedrecsk.estimators._base import SHARED_CONSTRAINTS, Attributes, BaseRecommender, RoundWatch
+from fedrecsk.estimators._base import (
+    SCORES_PER_BATCH,
+    SHARED_CONSTRAINTS,
+    Attributes,
+    BaseRecommender,
+    RoundWatch,
+)
 from fedrecsk.estimators._language import (
     CROWD_SAMPLE,
     Saved,
@@ -68,7 +75,7 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 
 # What "auto" stands for, by what the adapters are on; chosen in pilots.
-AUTO_LEARNING_RATE = {"compact": 2e-3, "encoder": 5e-4, "causal": 2e-4}
+AUTO_LEARNING_RATE = {"compact": 4e-3, "encoder": 5e-4, "causal": 2e-4}
 # Weights of the popularity term that "auto" compares, and what it takes without validation.
 POPULARITY_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 AUTO_POPULARITY = 0.5
@@ -122,9 +129,14 @@ class FELLRecRecommender(BaseRecommender):
     similarity_on : {"params", "update", "product"}, default="params"
         What the cosine compares: the adapters, their changes in this round, or what they add to
         the weights.
-    use_similarity, use_heating : bool, default=True
-        False replaces the mechanism by ones.
-    alpha, beta : float, default=0.7, 5.0
+    use_similarity : bool, default=True
+        False takes all adapters for equally similar.
+    similarity_power : float, default=1.0
+        Similarities are raised to it; the higher, the more a platform keeps of its own adapter.
+    use_heating : bool, default=True
+        False lets all platforms mix fully from the first round.
+    alpha : float, default=0.7
+    beta : float, default=5.0
         Of the heating ``tanh(alpha / p ** (t + 1 / beta))``.
     heating_temperature : float, default=0.05
         Of the softmax of losses behind ``p``.
@@ -143,16 +155,18 @@ class FELLRecRecommender(BaseRecommender):
         Share of tokens that a server may reconstruct, for ``client_layers="auto"``.
     max_history : int, default=10
         Items of a user that are read, the latest.
-    max_item_tokens, max_tokens : int, default=32, 256
-        Tokens of an item, and of a history.
-    n_rounds : int, default=10
+    max_item_tokens : int, default=32
+        Tokens of an item.
+    max_tokens : int, default=256
+        Tokens of a history.
+    n_rounds : int, default=6
     local_epochs : int, default=2
     examples_per_user : int, default=1
         Next items drawn from a user's history in an epoch, anew each time.
     learning_rate : float or "auto", default="auto"
-        Of AdamW: 0.002 for compact models, 0.0005 for other encoders, 0.0002 for causal models.
+        Of AdamW: 0.004 for compact models, 0.0005 for other encoders, 0.0002 for causal models.
     weight_decay : float, default=0.0
-    batch_size : int, default=64
+    batch_size : int, default=32
         Examples of a platform in a step.
     gradient_accumulation : int, default=1
         Parts that a batch is cut into, to save memory. Candidates of the loss are those of a
@@ -160,7 +174,7 @@ class FELLRecRecommender(BaseRecommender):
     negatives : {"in-batch", "all"}, default="in-batch"
         Candidates of the ranking loss: targets of the batch and ``n_negatives`` drawn items, which
         are trained as well; or all items, with the vectors they had when the round began.
-    n_negatives : int, default=128
+    n_negatives : int, default=64
     prompt_loss : bool, default=False
         With ``inference="generate"``, whether the prompt's tokens count in the loss as well.
     temperature : float, default=0.05
@@ -215,8 +229,16 @@ class FELLRecRecommender(BaseRecommender):
         The last of them.
     item_counts_ : ndarray of shape (n_platforms + 1, n_items)
         How often each platform, and all together, have chosen an item.
-    popularity_weight_, client_layers_, backbone_name_, compact_
-        What was used; ``compact_`` is the compact model, None where there is none.
+    popularity_weight_, temperature_, client_layers_, backbone_name_, compact_, lora_targets_
+        What was used; ``compact_`` is the compact model, None where there is none, and
+        ``lora_targets_`` are the paths of the layers with adapters.
+    lora_fan_in_fan_out_ : bool
+        Whether those layers hold their weights transposed, as those of GPT-2 do.
+    generates_ : bool
+        Whether `predict` ranks by what was written.
+    intercept_ : float
+        Added to a score before it becomes a probability, so that their mean is the share of
+        pairs in the data.
     generated_titles_ : tuple of str
         With ``"generate"``, what was written for each user.
     user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
@@ -274,6 +296,7 @@ class FELLRecRecommender(BaseRecommender):
         "proximal": [Interval(Real, 0, None, closed="left")],
         "similarity_on": [StrOptions({"params", "update", "product"})],
         "use_similarity": ["boolean"],
+        "similarity_power": [Interval(Real, 0, None, closed="left")],
         "use_heating": ["boolean"],
         "alpha": [Interval(Real, 0, None, closed="neither")],
         "beta": [Interval(Real, 0, None, closed="neither")],
@@ -320,6 +343,7 @@ class FELLRecRecommender(BaseRecommender):
         proximal: float = 0.0,
         similarity_on: SimilarityOn = "params",
         use_similarity: bool = True,
+        similarity_power: float = 1.0,
         use_heating: bool = True,
         alpha: float = 0.7,
         beta: float = 5.0,
@@ -332,15 +356,15 @@ class FELLRecRecommender(BaseRecommender):
         max_history: int = 10,
         max_item_tokens: int = 32,
         max_tokens: int = 256,
-        n_rounds: int = 10,
+        n_rounds: int = 6,
         local_epochs: int = 2,
         examples_per_user: int = 1,
         learning_rate: float | Literal["auto"] = "auto",
         weight_decay: float = 0.0,
-        batch_size: int = 64,
+        batch_size: int = 32,
         gradient_accumulation: int = 1,
         negatives: Literal["in-batch", "all"] = "in-batch",
-        n_negatives: int = 128,
+        n_negatives: int = 64,
         prompt_loss: bool = False,
         temperature: float = 0.05,
         popularity_weight: float | Literal["auto"] = "auto",
@@ -373,6 +397,7 @@ class FELLRecRecommender(BaseRecommender):
         self.proximal = proximal
         self.similarity_on = similarity_on
         self.use_similarity = use_similarity
+        self.similarity_power = similarity_power
         self.use_heating = use_heating
         self.alpha = alpha
         self.beta = beta
@@ -516,8 +541,10 @@ class FELLRecRecommender(BaseRecommender):
         ends = platforms.lengths
         held_out = None
         if self.early_stopping:
-            held_out = hold_out_last(platforms, self.validation_fraction, streams)
-            ends = held_out.ends
+            # Without users of three items there is nobody to ask, and all rounds are run.
+            drawn = hold_out_last(platforms, self.validation_fraction, streams)
+            held_out = drawn if len(drawn.users) else None
+            ends = drawn.ends
         start = model.lora.init(n_clients, streams.torch("adapters"))
         if previous is not None:
             start = adapters_before(start, platforms, previous)
@@ -537,9 +564,12 @@ class FELLRecRecommender(BaseRecommender):
         )
         n_examples = torch.from_numpy(sampler.n_examples()).to(model.device)
         if not n_examples.any():
-            raise ValueError(
-                "No user has two interactions to learn from: the next item is predicted from the "
-                "ones before it. Give users with longer histories."
+            warnings.warn(
+                "No user has two interactions to learn from, so the adapters stay as they are: "
+                "the next item is predicted from the ones before it. Give users with longer "
+                "histories.",
+                UserWarning,
+                stacklevel=2,
             )
         train = self._local_training(model, sampler, counts, weight, streams)
         periods = check_periods(self.client_periods, n_clients, model.device)
@@ -557,6 +587,7 @@ class FELLRecRecommender(BaseRecommender):
                 proximal=self.proximal,
                 similarity_on=self.similarity_on,
                 use_similarity=self.use_similarity,
+                similarity_power=self.similarity_power,
                 use_heating=self.use_heating,
                 alpha=self.alpha,
                 beta=self.beta,
@@ -584,7 +615,7 @@ class FELLRecRecommender(BaseRecommender):
                 n_iter_no_change=self.n_iter_no_change,
                 tol=self.tol,
             )
-        saved = self._saved(data, items, platforms)
+        saved = self._saved(data, items, platforms, previous)
         state, past = saved.load(state)
         records = list(past)
 
@@ -603,6 +634,7 @@ class FELLRecRecommender(BaseRecommender):
             step,
             state,
             n_rounds=self.n_rounds,
+            first_round=0 if previous is None else int(previous["n_rounds_"]),
             past=past,
             early_stopping=stopping,
             on_round_begin=watch.begin,
@@ -612,7 +644,8 @@ class FELLRecRecommender(BaseRecommender):
 
     def _serving(self, state: FELLRecState) -> Adapters:
         """Adapters that users are served with."""
-        return state.best if self.early_stopping else state.adapters
+        validated = bool(state.best_value.isfinite().any())
+        return state.best if validated else state.adapters
 
     def _local_training(
         self,
@@ -829,12 +862,32 @@ class FELLRecRecommender(BaseRecommender):
             table = 0 if self.generates_ else platform
             scores[which] = score_vectors(
                 torch.from_numpy(rows),
-                torch.from_numpy(self.item_vectors_[table]),
-                torch.from_numpy(self.item_counts_[platform]).float(),
+                _tensor(self.item_vectors_[table]),
+                _tensor(self.item_counts_[platform]).float(),
                 self.popularity_weight_,
                 self.temperature_,
                 generated=self.generates_,
             ).numpy()
+        return scores
+
+    def _score_pairs(
+        self, users: NDArray[np.int64], items: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        if self.generates_:
+            return super()._score_pairs(users, items)  # a distance is scaled by all others
+        # Pair by pair, so that a score is the same to the last bit whatever it is asked with.
+        platforms = np.where(users >= 0, self.user_platforms_[users], len(self.platform_ids_))
+        scores = np.empty(len(users))
+        size = max(1, SCORES_PER_BATCH // self.item_vectors_.shape[2])
+        for start in range(0, len(users), size):
+            part = slice(start, start + size)
+            known = (users[part] >= 0)[:, None]
+            rows = np.where(known, self.user_factors_[users[part]], self.crowd_factors_)
+            vectors = self.item_vectors_[platforms[part], items[part]]
+            products = np.multiply(rows, vectors, dtype=np.float64).sum(axis=1)
+            counts = self.item_counts_[platforms[part], items[part]]
+            prior = self.popularity_weight_ * np.log1p(counts)
+            scores[part] = products / self.temperature_ + prior
         return scores
 
     def _probability(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -862,7 +915,7 @@ class FELLRecRecommender(BaseRecommender):
         check_is_fitted(self)
         return adapter_files.save_adapters(
             folder,
-            {name: torch.from_numpy(value) for name, value in self.adapters_.items()},
+            {name: _tensor(value) for name, value in self.adapters_.items()},
             self.platform_ids_,
             base_model=self.backbone_name_,
             rank=self.lora_rank,
@@ -929,7 +982,13 @@ class FELLRecRecommender(BaseRecommender):
 
     # ---------------------------------------------------------------- checkpoints
 
-    def _saved(self, data: Interactions, items: Catalogue, platforms: Platforms) -> Saved:
+    def _saved(
+        self,
+        data: Interactions,
+        items: Catalogue,
+        platforms: Platforms,
+        previous: Attributes | None,
+    ) -> Saved:
         """Say where this fit is kept, and by what it is told from others."""
         if self.checkpoint is None:
             return Saved(None, "")
@@ -955,6 +1014,13 @@ class FELLRecRecommender(BaseRecommender):
                 "of_user": platforms.of_user,
                 "indptr": platforms.indptr,
                 "histories": platforms.items,
+                # Of a fit that goes on: where it starts is part of what it is.
+                **({} if previous is None else previous["adapters_"]),
             },
         )
         return Saved(Path(self.checkpoint), mark)
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """Share the memory of an array, but that of a memory-mapped one, which cannot be written."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

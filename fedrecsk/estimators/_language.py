@@ -121,7 +121,7 @@ def about(
 
 
 def mean_of_best(state: FELLRecState, users: IntArray) -> float:
-    """Mean over validation users of the best values so far; -inf if nobody validates."""
+    """Mean over validation users of the best values so far; 0 if nobody validates."""
     values = state.best_value.cpu().numpy()
     known = np.isfinite(values) & (users > 0)
     if not known.any():
@@ -159,7 +159,7 @@ def check_periods(periods: ArrayLike | None, n_clients: int, device: torch.devic
     if periods is None:
         return torch.ones(n_clients, dtype=torch.int64, device=device)
     found = np.asarray(periods)
-    if found.shape != (n_clients,) or found.dtype.kind not in "iu" or found.min(initial=1) != 1:
+    if found.shape != (n_clients,) or found.dtype.kind not in "iu" or found.min() != 1:
         raise ValueError(
             f"client_periods must give each of the {n_clients} platforms a whole number of "
             f"rounds, 1 for the fastest; got {periods!r}."
@@ -230,21 +230,19 @@ class Saved:
         """Save the state after a round."""
         if self.folder is None:
             return
-        tensors = {
-            f"{part}/{name}": value
-            for part, adapters in _parts(state).items()
-            for name, value in adapters.items()
-        }
-        tensors["uploads.losses"] = state.uploads.losses
-        tensors["uploads.moments"] = state.uploads.moments
-        tensors["best_value"] = state.best_value
-        save_checkpoint(self.folder, Checkpoint(tensors, list(history)), self.mark)
+        save_checkpoint(self.folder, Checkpoint(_tensors(state), list(history)), self.mark)
 
     def load(self, start: FELLRecState) -> tuple[FELLRecState, list[Record]]:
         """Give the saved state and the rounds before it, or the start and none."""
         found = None if self.folder is None else load_checkpoint(self.folder, self.mark)
         if found is None:
             return start, []
+        wanted = {name: value.shape for name, value in _tensors(start).items()}
+        if {name: value.shape for name, value in found.tensors.items()} != wanted:
+            raise ValueError(
+                f"The checkpoint in {self.folder} is of other adapters than these; the files of "
+                "the backbone may have changed. Remove the folder to start anew."
+            )
         parts: dict[str, dict[str, Any]] = {
             part: {
                 name: found.tensors[f"{part}/{name}"].to(value) for name, value in adapters.items()
@@ -267,6 +265,20 @@ class Saved:
             best_value=found.tensors["best_value"].to(device),
         )
         return state, found.history
+
+
+def _tensors(state: FELLRecState) -> dict[str, Tensor]:
+    """All tensors of a state by the names that they are saved under."""
+    return {
+        **{
+            f"{part}/{name}": value
+            for part, adapters in _parts(state).items()
+            for name, value in adapters.items()
+        },
+        "uploads.losses": state.uploads.losses,
+        "uploads.moments": state.uploads.moments,
+        "best_value": state.best_value,
+    }
 
 
 def _parts(state: FELLRecState) -> dict[str, Adapters]:

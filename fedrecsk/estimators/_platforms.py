@@ -107,7 +107,8 @@ def make_platforms(
     streams : Streams
     previous : dict or None
         Fitted attributes to go on from: known clients stay where they are, and new ones join the
-        platform that chooses most like them.
+        platform that chooses most like them. Where every client was a platform, new ones become
+        platforms as well, as long as `n_platforms` lets them.
 
     Returns
     -------
@@ -116,19 +117,21 @@ def make_platforms(
     indptr, items = histories(data)
     if n_platforms == "auto":
         n_platforms = None if data.n_clients <= MOST_PLATFORMS else AUTO_PLATFORMS
-    if previous is not None and not previous["platforms_are_clients_"]:
+    most = data.n_clients if n_platforms is None else n_platforms
+    alone = most >= data.n_clients
+    if previous is not None and not (alone and previous["platforms_are_clients_"]):
         ids = previous["platform_ids_"]
-        of_client = _joined(data, codes, previous)
-    elif n_platforms is None or n_platforms >= data.n_clients:
+        of_client = _joined(data, previous)
+    elif alone:
         ids, of_client = data.clients.ids, np.arange(data.n_clients)
     else:
         seed = int(streams.numpy("platforms").integers(2**31 - 1))
-        of_client = cluster_clients(data, n_platforms, random_state=seed)
+        of_client = cluster_clients(data, most, random_state=seed)
         ids = np.arange(int(of_client.max()) + 1)
     return Platforms(ids, of_client, of_client[data.user_client], indptr, codes[items], n_items)
 
 
-def _joined(data: Interactions, codes: IntArray, previous: Attributes) -> IntArray:
+def _joined(data: Interactions, previous: Attributes) -> IntArray:
     """Platform (n_clients,) of known and of new clients."""
     found, known = Vocabulary(previous["client_ids_"]).encode(data.clients.ids)
     of_client = np.where(known, previous["client_platforms_"][found], 0)
@@ -184,7 +187,7 @@ def hold_out_last(platforms: Platforms, fraction: float, streams: Streams) -> He
     """Hold out the last item of some users of every platform.
 
     Users with at least three items are drawn: two are left to train on. Each platform gives the
-    same share of its own, at least one; in all at least 100 where there are as many.
+    same share of its own, rounded, at least one; in all about 100 at least where there are as many.
     """
     lengths = platforms.lengths
     able = np.flatnonzero(lengths >= 3)

@@ -463,6 +463,7 @@ def balance(
     client_weights: ClientWeights = "examples",
     similarity_on: SimilarityOn = "params",
     use_similarity: bool = True,
+    similarity_power: float = 1.0,
     use_heating: bool = True,
     alpha: float = 0.7,
     beta: float = 5.0,
@@ -491,6 +492,10 @@ def balance(
     similarity_on : {"params", "update", "product"}, default="params"
     use_similarity : bool, default=True
         Of ``"fellrec"``; if not, s = 1.
+    similarity_power : float, default=1.0
+        The s of ``"fellrec"`` are raised to it. (cos + 1) / 2 of adapters that have a start in
+        common is close to 1 for all; with a higher power clients keep more of their own and take
+        the rest from those most like them.
     use_heating : bool, default=True
         Of ``"fellrec"``; if not, w = 1.
     alpha, beta, temperature, exponent
@@ -549,7 +554,7 @@ def balance(
                 temperature=temperature,
                 exponent=exponent,
             )
-        counted = alike if use_similarity else torch.ones_like(alike)
+        counted = alike**similarity_power if use_similarity else torch.ones_like(alike)
         weights = mixing_weights(
             counted, heat, staleness=staleness, staleness_exponent=staleness_exponent
         )

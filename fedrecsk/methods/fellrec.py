@@ -105,6 +105,7 @@ def fellrec_step(
     heating_temperature: float,
     heating_exponent: Exponent,
     staleness_exponent: float,
+    similarity_power: float = 1.0,
 ) -> tuple[FELLRecState, Logs]:
     """Run one round: local training of the clients that are due, then the mixing.
 
@@ -120,7 +121,8 @@ def fellrec_step(
     periods : Tensor of shape (C,), int64
         Rounds that each client takes for a local training; 1 for all is the synchronous method.
     aggregation : {"fellrec", "fedavg", "ditto", "local"}
-    client_weights, similarity_on, use_similarity, use_heating, alpha, beta, staleness_exponent
+    client_weights, similarity_on, use_similarity, similarity_power, use_heating, alpha, beta
+    staleness_exponent
         See `dynamic_balance.balance`.
     heating_temperature, heating_exponent
         ``temperature`` and ``exponent`` of `dynamic_balance.heating`.
@@ -153,6 +155,7 @@ def fellrec_step(
         client_weights=client_weights,
         similarity_on=similarity_on,
         use_similarity=use_similarity,
+        similarity_power=similarity_power,
         use_heating=use_heating,
         alpha=alpha,
         beta=beta,
@@ -192,18 +195,22 @@ def keep_best(state: FELLRecState, values: Tensor) -> FELLRecState:
     state : FELLRecState
     values : Tensor of shape (C,), float64
         Of the present adapters on each client's validation rows, larger is better; NaN for a
-        client without such rows, which always keeps the present one.
+        client without such rows. It keeps the present one whenever another client does, and
+        always where no client has such rows.
 
     Returns
     -------
     FELLRecState
     """
-    better = ~(values <= state.best_value)
+    unknown = values.isnan()
+    better = values > state.best_value
+    # So what is kept changes with the values only, and a fit that was interrupted keeps the same.
+    better = better | (unknown & (better.any() | unknown.all()))
     best = {
         name: torch.where(better.reshape(-1, *[1] * (value.dim() - 1)), value, state.best[name])
         for name, value in state.adapters.items()
     }
-    known = torch.where(values.isnan(), state.best_value, values)
+    known = torch.where(unknown, state.best_value, values)
     return replace(state, best=best, best_value=torch.where(better, known, state.best_value))
 
 

@@ -176,9 +176,8 @@ def _empty(backend: Backend, words: list[str]) -> tuple[Any, Any]:
         bos_token=SPECIAL[start],
         eos_token=SPECIAL[end],
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, model_max_length=MAX_POSITIONS, **names
-    )
+    fast: Any = PreTrainedTokenizerFast
+    tokenizer = fast(tokenizer_object=core, model_max_length=MAX_POSITIONS, **names)
     shape: dict[str, Any] = {
         "vocab_size": len(words),
         "hidden_size": WIDTH,
@@ -199,6 +198,7 @@ def _empty(backend: Backend, words: list[str]) -> tuple[Any, Any]:
                 "tie_word_embeddings": True,
             }
             model = LlamaForCausalLM(LlamaConfig(**shape, **ends))
+    model.set_attn_implementation("eager")  # the faster one for short texts on a CPU
     return model, tokenizer
 
 
@@ -222,11 +222,12 @@ def _start_from_lsa(model: Any, rows: TokenRows, n_words: int, streams: Streams)
     counts.data = 1.0 + np.log(counts.data)
     owners = np.bincount(counts.indices, minlength=n_words)
     rarity = np.log((1.0 + len(rows)) / (1.0 + owners))
+    weighted = counts @ sp.diags_array(rarity)
     width = min(WIDTH, n_words - 1, len(rows))
-    if width < 2:
-        return
+    if width < 2 or not weighted.count_nonzero():
+        return  # one text, or texts that are all alike, have no likeness to start from
     seed = int(streams.numpy("lsa").integers(2**31 - 1))
-    found = TruncatedSVD(width, random_state=seed).fit(counts @ sp.diags_array(rarity))
+    found = TruncatedSVD(width, random_state=seed).fit(weighted)
     vectors = found.components_.T * np.sqrt(found.singular_values_)
     length = np.linalg.norm(vectors, axis=1).mean()
     if length > 0:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fedrecsk.models.split_lm import find_layers, hidden_in, hidden_of
+from fedrecsk.models.split_middle import find_layers, hidden_in, hidden_of
 
 ATTACKS = ("nearest_token", "linear_inverter")
 CHUNK = 2**24  # similarities that are in memory at once

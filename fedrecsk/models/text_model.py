@@ -164,15 +164,20 @@ class TextModel:
             queries = self.vectors(*self._tensors(self.histories, examples.histories))
             queries = queries.view(n_clients, size, -1)
             if frozen_items is None:
-                codes = np.concatenate([examples.targets, examples.negatives], axis=1)
+                # Negatives first: a client's rows, by which its dropout goes, are then the same
+                # however many targets the others have.
+                codes = np.concatenate([examples.negatives, examples.targets], axis=1)
                 items = self.vectors(*self._tensors(self.items, codes.reshape(-1, 1)))
+                items = items.view(*codes.shape, -1).roll(size, dims=1)
+                codes = np.roll(codes, size, axis=1)
         if frozen_items is None:
             candidates = torch.from_numpy(codes).to(self.device)
-            expected = size * shares[chosen].gather(1, candidates)
+            # By the client's own number of targets, whatever the others in the step have.
+            expected = present.sum(1, keepdim=True) * shares[chosen].gather(1, candidates)
             expected = expected + examples.negatives.shape[1] / shares.shape[1]
             losses = ranking_loss(
                 queries,
-                items.view(n_clients, candidates.shape[1], -1),
+                items,
                 targets,
                 candidates,
                 prior=prior[chosen].gather(1, candidates),

@@ -34,6 +34,7 @@ IntArray = NDArray[np.int64]
 # Tokens in a batch where nothing is trained: bounds the hidden states held at a time.
 TOKENS_PER_BATCH = 16_384
 _MASKED = -1e9
+_FEWEST = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +112,8 @@ class TextForm:
 
     def kept(self, items: IntArray) -> NDArray[np.bool_]:
         """Tell which items (n, H), the latest first and -1 for none, there is room for."""
-        room = self.max_tokens - len(self.head) - len(self.tail)
+        # What stands between items is not read of the first one.
+        room = self.max_tokens - len(self.head) - len(self.tail) + self.between
         lengths = np.where(items >= 0, self.pieces.lengths[items], 0)
         # The latest item is always read; a single one that is too long is cut.
         fits = np.cumsum(lengths, axis=1) <= room
@@ -152,7 +154,7 @@ class TextForm:
         room = self.max_tokens - len(self.tail)
         inside = (at >= len(self.head)) & (at < room)
         ends = np.minimum(np.maximum(counts - self.between, 0) + len(self.head), room)
-        width = max(1, int((ends + len(self.tail)).max(initial=0)))
+        width = max(1, int((ends + len(self.tail)).max(initial=len(self.head))))
         tokens = np.full((len(items), width), self.pad, dtype=np.int64)
         tokens[:, : len(self.head)] = self.head
         tokens[owner[inside], at[inside]] = self.pieces.tokens[places[inside]]
@@ -323,7 +325,8 @@ def ranking_loss(
     """
     n = targets.shape[1]
     scores = queries @ candidates.transpose(1, 2) / temperature  # (C, B, M)
-    scores = scores + (prior - expected.log())[:, None, :]
+    # The target of an absent example may be expected nowhere; infinite scores have no gradient.
+    scores = scores + (prior - expected.clamp_min(_FEWEST).log())[:, None, :]
     own = torch.eye(n, codes.shape[1], dtype=torch.bool, device=scores.device)
     copies = (codes[:, None, :] == targets[:, :, None]) & ~own
     there = functional.pad(present, (0, codes.shape[1] - n), value=True)

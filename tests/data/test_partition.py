@@ -6,8 +6,16 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from sklearn.metrics import adjusted_rand_score
 
-from fedrecsk.data import auto_ratio, auto_sizes, client_capacities, encode, size_groups
+from fedrecsk.data import (
+    auto_ratio,
+    auto_sizes,
+    client_capacities,
+    cluster_clients,
+    encode,
+    size_groups,
+)
 from fedrecsk.datasets import make_interactions
 
 
@@ -292,3 +300,59 @@ def test_choices_refuse():
             auto_sizes(good, [1, 2], (8, 16), n_sizes=n_sizes)
     with pytest.raises(ValueError, match="too many ways to choose 15 of 40 sizes"):
         auto_sizes(np.zeros((2, 40)), [1, 2], range(1, 41), n_sizes=15)
+
+
+@pytest.fixture(scope="module")
+def tastes():
+    """Interactions of 200 users of 4 groups, each user a client; and the groups."""
+    bunch = make_interactions(200, 120, 4, mean_interactions=15, taste=4.0, random_state=0)
+    return bunch, bunch.user_clusters
+
+
+def test_clusters_are_those_of_tastes(tastes):
+    bunch, groups = tastes
+    found = cluster_clients(encode(bunch.data, bunch.target), 4, random_state=0)
+    assert found.dtype == np.int64
+    assert found.shape == (200,)
+    assert set(found.tolist()) == {0, 1, 2, 3}
+    assert adjusted_rand_score(groups, found) > 0.8
+
+
+def test_clusters_of_clients_with_several_users(tastes):
+    bunch, groups = tastes
+    users = bunch.data[:, 0]
+    # Five users of one group share a client, whose name tells nothing.
+    places = np.empty(200, dtype=np.int64)
+    for group in range(4):
+        mine = np.flatnonzero(groups == group)
+        places[mine] = np.arange(len(mine)) // 5
+    names = np.array([f"{place}-{group}" for place, group in zip(places, groups, strict=True)])
+    data = encode(bunch.data, names[users])
+    found = cluster_clients(data, 4, random_state=0)
+    assert found.shape == (data.n_clients,)
+    theirs = [name.split("-")[1] for name in data.clients.ids]
+    assert adjusted_rand_score(theirs, found) > 0.95
+
+
+def test_clusters_do_not_depend_on_the_order_of_rows(tastes):
+    bunch, _ = tastes
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(bunch.data))
+    one = cluster_clients(encode(bunch.data, bunch.target), 4, random_state=3)
+    other = cluster_clients(encode(bunch.data[order], bunch.target[order]), 4, random_state=3)
+    np.testing.assert_array_equal(one, other)
+
+
+def test_clusters_of_few_clients():
+    rows = [["ann", 1], ["ann", 2], ["bob", 7], ["bob", 8], ["eve", 1], ["eve", 2]]
+    data = encode(rows)
+    assert cluster_clients(data, 1, random_state=0).tolist() == [0, 0, 0]
+    # Ann and Eve cannot be told apart, so there are two clusters and no warning.
+    ann, bob, eve = cluster_clients(data, 3, random_state=0).tolist()
+    assert {ann, bob} == {0, 1}
+    assert ann == eve
+    assert cluster_clients(encode([["ann", 1]]), 1).tolist() == [0]
+    assert cluster_clients(encode([["ann", 1], ["bob", 1]]), 2).tolist() == [0, 0]
+    for n_clusters in (0, 4):
+        with pytest.raises(ValueError, match=f"n_clusters={n_clusters} .* number of clients, 3"):
+            cluster_clients(data, n_clusters)

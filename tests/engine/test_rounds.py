@@ -119,3 +119,77 @@ def test_divergence_names_the_round_and_the_way_out(loss):
             on_round_end=lambda state, record: bool(ended.append(record["round"])),
         )
     assert ended == [5, 6]
+
+
+def interrupted(n_done, **kwargs):
+    """Run all rounds, and again from where an interruption after `n_done` rounds left them."""
+    whole = run_rounds(count_up, 0, n_rounds=6, **kwargs)
+    states = []
+    run_rounds(
+        count_up,
+        0,
+        n_rounds=6,
+        on_round_end=lambda state, record: bool(states.append(state)),
+        **kwargs,
+    )
+    past = whole.history[:n_done]
+    state = states[len(past) - 1] if past else 0
+    return whole, run_rounds(count_up, state, n_rounds=6, past=past, **kwargs)
+
+
+def without_seconds(history):
+    return [
+        {name: value for name, value in record.items() if name != "seconds"} for record in history
+    ]
+
+
+@pytest.mark.parametrize("n_done", range(7))
+def test_rounds_go_on_after_an_interruption(n_done):
+    for first_round in (0, 3):
+        whole, again = interrupted(n_done, first_round=first_round)
+        assert again.state == whole.state == 6
+        assert without_seconds(again.history) == without_seconds(whole.history)
+
+
+@pytest.mark.parametrize("n_done", range(7))
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6],  # improves to the end
+        [0.1, 0.2, 0.3, 0.3, 0.3, 0.9],  # as a mean of best values does: never falls
+    ],
+)
+def test_early_stopping_goes_on_after_an_interruption(n_done, values):
+    whole, again = interrupted(n_done, early_stopping=stopping(values, tol=0.01))
+    assert without_seconds(again.history) == without_seconds(whole.history)
+    # A state that is not in the past cannot be returned; one that validates alike is.
+    assert values[again.state - 1] == values[whole.state - 1]
+
+
+def test_what_an_interrupted_fit_has_waited_counts():
+    values = [0.5, 0.4, 0.3, 0.9]
+    past = [{"round": t + 1, "loss": 1.0, "validation_ndcg": values[t]} for t in range(2)]
+    result = run_rounds(count_up, 2, n_rounds=4, past=past, early_stopping=stopping(values))
+    assert len(result.history) == 3
+    # A fit that had ended stays ended.
+    ended = run_rounds(
+        count_up, 3, n_rounds=4, past=result.history, early_stopping=stopping(values)
+    )
+    assert (ended.state, ended.history) == (3, result.history)
+
+
+def test_improvements_of_the_past_count_as_in_one_go():
+    # Two steps below tol are one above it, and waiting starts again.
+    values = [0.50, 0.506, 0.512, 0.518, 0.524, 0.53]
+    for n_done in range(7):
+        whole, again = interrupted(n_done, early_stopping=stopping(values, tol=0.01))
+        assert len(again.history) == len(whole.history)
+
+
+def test_the_past_is_not_changed_and_bounds_the_loss():
+    past = [{"round": 1, "loss": 0.01}]
+    with pytest.raises(FloatingPointError, match="round 2"):
+        run_rounds(lambda s, t: (s, {"loss": 1.5}), 0, n_rounds=3, past=past)
+    result = run_rounds(lambda s, t: (s, {"loss": 0.5}), 0, n_rounds=3, past=past)
+    assert [record["round"] for record in result.history] == [1, 2, 3]
+    assert past == [{"round": 1, "loss": 0.01}]

@@ -1,25 +1,98 @@
 """The estimators under test, with fast settings, and data with an obvious answer."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from fedrecsk import (
     CentralizedRecommender,
     FedAvgRecommender,
     FedFastRecommender,
     FedFNNRecommender,
+    FELLRecRecommender,
     HeteFedRecRecommender,
     PopularityRecommender,
 )
 
 N_USERS, N_ITEMS = 40, 20
 
+# A language model of one layer that can count: a text in it is an id, up to 149.
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+WORDS = (*SPECIAL, *'",.-', "item", *map(str, range(150)))
+SIZES = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+
+
+def tiny_encoder(n_layers=1):
+    """A random BERT that has a faint idea of parity, as a pre-trained one would."""
+    sizes = SIZES | {"num_hidden_layers": n_layers}
+    config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = BertModel(config, add_pooling_layer=False)
+    return hint_at_parity(model, 0.14), tiny_tokenizer("[CLS] $A [SEP]")
+
+
+def tiny_causal():
+    """A random Llama of the same kind."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, bos_token_id=2, eos_token_id=3, pad_token_id=0))
+    return hint_at_parity(model, 0.25), tiny_tokenizer("[CLS] $A")
+
+
+def hint_at_parity(model, strength):
+    """Draw even numbers a little nearer to each other; without training it does not suffice."""
+    table = model.get_input_embeddings().weight.data
+    direction = strength * torch.randn(table.shape[1])
+    for number in range(150):
+        table[WORDS.index(str(number))] += direction if number % 2 else -direction
+    return model
+
+
+def tiny_tokenizer(form):
+    core = Tokenizer(WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    core.pre_tokenizer = BertPreTokenizer()
+    core.post_processor = TemplateProcessing(
+        single=form, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = zip(("pad_token", "unk_token", "bos_token", "eos_token"), SPECIAL, strict=True)
+    return PreTrainedTokenizerFast(tokenizer_object=core, **dict(names))
+
+
 FAST = {"n_factors": 4, "n_rounds": 8, "random_state": 0}
 FAST_SIZES = {"sizes": (2, 4, 8), "n_rounds": 8, "random_state": 0}
+FAST_TEXT = {
+    "n_rounds": 6,
+    "local_epochs": 1,
+    "learning_rate": 0.01,
+    "target_modules": "all-linear",
+    "n_negatives": 20,
+    "batch_size": 8,
+    "temperature": 0.1,
+    # Popularity on platforms of one taste would give the answer without any learning.
+    "popularity_weight": 0.0,
+    "early_stopping": False,
+    "random_state": 0,
+}
 TRAINABLE = {
     "fedfnn-whole-data": FedFNNRecommender(**FAST),
     # Without refit the predicted vectors count, and users are as old as their last round.
@@ -90,6 +163,8 @@ TRAINABLE = {
     },
     "fedavg-bce": FedAvgRecommender(**FAST),
     "fedavg-whole-data": FedAvgRecommender(**FAST, objective="whole-data"),
+    "fellrec-encoder": FELLRecRecommender(tiny_encoder, **FAST_TEXT),
+    "fellrec-causal": FELLRecRecommender(tiny_causal, backend="causal", **FAST_TEXT),
 }
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TRAINABLE_ON = {
@@ -98,7 +173,14 @@ TRAINABLE_ON = {
     for device in DEVICES
 }
 ALL = {"popularity": PopularityRecommender(), **TRAINABLE_ON}
-TYPICAL = ("popularity", "fedfnn-whole-data", "fedfnn-bce-linear", "fedavg-bce", "hetefedrec-mf")
+TYPICAL = (
+    "popularity",
+    "fedfnn-whole-data",
+    "fedfnn-bce-linear",
+    "fedavg-bce",
+    "hetefedrec-mf",
+    "fellrec-encoder",
+)
 
 
 def pytest_generate_tests(metafunc):
@@ -107,7 +189,15 @@ def pytest_generate_tests(metafunc):
         cases = list(TRAINABLE_ON if "trainable" in metafunc.fixturenames else ALL)
         if "typical" in metafunc.fixturenames:
             cases = [case for case in cases if case.removesuffix("-cpu") in TYPICAL]
-        metafunc.parametrize("case", cases)
+        metafunc.parametrize("case", [parameter(case) for case in cases])
+
+
+def parameter(case):
+    """A case; one that reads texts gets none here, and says so in each fit."""
+    quiet = pytest.mark.filterwarnings(
+        "ignore::fedrecsk.NoItemTextWarning", "ignore:No user has two interactions:UserWarning"
+    )
+    return pytest.param(case, marks=[quiet] if case.startswith("fellrec") else [])
 
 
 @pytest.fixture
@@ -129,9 +219,25 @@ def typical(case):
 
 
 @pytest.fixture(scope="session")
+def tiny_backbones():
+    """Functions that make the tiny language models, by name."""
+    return {
+        "tiny_encoder": tiny_encoder,
+        "tiny_causal": tiny_causal,
+        "deep_encoder": functools.partial(tiny_encoder, n_layers=4),
+    }
+
+
+@pytest.fixture(scope="session")
 def n_columns():
     """Give a function that says how many columns an estimator's vectors have."""
-    return lambda estimator: max(getattr(estimator, "sizes", None) or (estimator.n_factors,))
+
+    def count(estimator):
+        if isinstance(estimator, FELLRecRecommender):
+            return SIZES["hidden_size"]
+        return max(getattr(estimator, "sizes", None) or (estimator.n_factors,))
+
+    return count
 
 
 @pytest.fixture
@@ -197,4 +303,20 @@ def _assert_same_fit(one, other):
     ours, theirs = _arrays_of(one), _arrays_of(other)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        np.testing.assert_array_equal(value, theirs[name], err_msg=name, strict=name != "history_")
+        assert_same(value, theirs[name], name)
+
+
+def assert_same(ours, theirs, name):
+    """Compare arrays, numbers and what holds them; nan is nan."""
+    if dataclasses.is_dataclass(ours):
+        ours, theirs = vars(ours), vars(theirs)
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), name
+        for key, value in ours.items():
+            assert_same(value, theirs[key], f"{name}.{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), name
+        for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(one, other, f"{name}[{place}]")
+    else:
+        np.testing.assert_array_equal(ours, theirs, err_msg=name, strict=True)

@@ -6,7 +6,12 @@ from scipy.sparse import coo_array, csr_matrix
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
-from fedrecsk import FedAvgRecommender, PopularityRecommender, interactions_from_sparse
+from fedrecsk import (
+    FedAvgRecommender,
+    FELLRecRecommender,
+    PopularityRecommender,
+    interactions_from_sparse,
+)
 
 # Ids in the order of their codes, so that a fit must not see a difference.
 ORDERED_IDS = {
@@ -24,10 +29,18 @@ ORDERED_IDS = {
 }
 
 
+def with_texts_of_codes(estimator, item_ids):
+    """Where ids are read as text, let other ids have the text that the codes would have."""
+    if "item_text" in estimator.get_params():
+        texts = dict(zip(np.asarray(item_ids).tolist(), map(str, range(20)), strict=True))
+        estimator.set_params(item_text=texts)
+
+
 @pytest.mark.parametrize("kind", ORDERED_IDS)
 def test_ids_of_any_kind(kind, typical, fitted, obvious):
     ids = ORDERED_IDS[kind]
     X = np.column_stack([ids(obvious[:, 0]), ids(obvious[:, 1])])
+    with_texts_of_codes(typical, ids(np.arange(20)))
     named = typical.fit(X)
     for name in ("user_factors_", "item_factors_", "item_counts_", "seen_indices_"):
         if hasattr(fitted, name):
@@ -46,6 +59,7 @@ def test_user_item_and_client_ids_may_be_of_different_kinds(typical, fitted, obv
     users = [f"user {code:02d}" for code in obvious[:, 0]]
     items = (obvious[:, 1] + 0.5).tolist()
     rows = [list(row) for row in zip(users, items, strict=True)]
+    with_texts_of_codes(typical, np.arange(20) + 0.5)
     mixed = typical.fit(rows, client_ids=(obvious[:, 0] - 100).tolist())
     assert mixed.user_ids_[3] == "user 03"
     assert mixed.item_ids_[3] == 3.5
@@ -58,6 +72,7 @@ def test_ids_in_no_order(typical, obvious):
     rng = np.random.default_rng(0)
     user_ids, item_ids = rng.permutation(1000)[:40] - 500, rng.permutation(1000)[:20]
     X = np.column_stack([user_ids[obvious[:, 0]], item_ids[obvious[:, 1]]])
+    with_texts_of_codes(typical, item_ids)
     ids, _ = typical.fit(X).recommend(user_ids, k=1)
     if not isinstance(typical, PopularityRecommender):
         assert ids[:, 0].tolist() == [item_ids[user % 20] for user in range(40)]
@@ -71,7 +86,10 @@ def test_repeated_rows_count_once(estimator, fitted, obvious, assert_same_fit):
 
 def test_ratings_and_times_do_not_change_the_fit(typical, fitted, obvious):
     rng = np.random.default_rng(0)
-    extra = np.column_stack([rng.integers(1, 6, len(obvious)), rng.integers(0, 9, len(obvious))])
+    times = rng.integers(0, 9, len(obvious))
+    if isinstance(typical, FELLRecRecommender):
+        times = obvious[:, 1]  # which leaves histories in their order
+    extra = np.column_stack([rng.integers(1, 6, len(obvious)), times])
     typical.fit(np.column_stack([obvious, extra]))
     assert typical.n_features_in_ == 4
     pairs = obvious[:50]

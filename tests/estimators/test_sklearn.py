@@ -28,6 +28,7 @@ from fedrecsk import (
     CentralizedRecommender,
     FedAvgRecommender,
     FedFNNRecommender,
+    FELLRecRecommender,
     HeteFedRecRecommender,
     PopularityRecommender,
 )
@@ -64,6 +65,9 @@ def halves(interactions):
     "ignore:X has .* columns; those after the fourth:UserWarning",
     # check_fit_idempotent holds out rows of continuous numbers, so none comes up in fit.
     "ignore:20 of 20 users are unknown to fit:fedrecsk.UnknownIdWarning",
+    # The numbers come without texts, and a random number hardly ever twice.
+    "ignore::fedrecsk.NoItemTextWarning",
+    "ignore:No user has two interactions:UserWarning",
 )
 @pytest.mark.parametrize(
     "estimator",
@@ -78,10 +82,13 @@ def halves(interactions):
         CentralizedRecommender(n_rounds=2),
         HeteFedRecRecommender(n_rounds=2),
         HeteFedRecRecommender("ncf", n_rounds=1, local_epochs=1),
+        FELLRecRecommender("tiny_encoder", n_rounds=1, local_epochs=1),
     ],
     ids=repr,
 )
-def test_checks_of_scikit_learn(estimator):
+def test_checks_of_scikit_learn(estimator, tiny_backbones):
+    if isinstance(estimator, FELLRecRecommender):
+        estimator.set_params(backbone=tiny_backbones[estimator.backbone])
     logs = check_estimator(
         estimator,
         expected_failed_checks=EXPECTED_FAILED_CHECKS,
@@ -104,6 +111,8 @@ def widths(estimator):
     """Two widths of the vectors to choose from, under the name that the estimator has for them."""
     if hasattr(estimator, "sizes"):
         return {"sizes": [(2, 3, 4), (4, 6, 8)]}
+    if hasattr(estimator, "lora_rank"):
+        return {"lora_rank": [1, 4]}
     return {"n_factors": [2, 8]}
 
 
