@@ -20,6 +20,7 @@ import accuracy
 import fedfnn_cost as cost
 import fedfnn_sensitivity as sensitivity
 import fedfnn_streaming as streaming
+import fellrec_balance as balance
 import fellrec_split as split
 from _common import RESULTS, paired_ratio
 
@@ -179,6 +180,37 @@ def fedfnn_cost_section(report: Report) -> str:
     return "\n\n".join([*parts, *goals(report)])
 
 
+def fellrec_balance_section(report: Report) -> str:
+    """One table for each data set and backend, and what was chosen on the validation part."""
+    parts = [origin(report)]
+    for name, backends in report["data"].items():
+        for backend, compared in backends.items():
+            parts.append(
+                f"**{name}, {backend} ({report['backbone']}): {compared['users']:,} users, "
+                f"{compared['test_users']:,} of them judged, {compared['items']:,} items**"
+            )
+            parts.append(markdown(balance.HEADER, balance.table(compared)))
+            chosen = [
+                f"{family}: {_words(tuning['chosen'])}"
+                for family, tuning in compared["tuning"].items()
+            ]
+            parts.append(f"Tuned: {'; '.join(chosen)}.")
+    return "\n\n".join([*parts, *goals(report)])
+
+
+def fellrec_balance_summary(report: Report) -> str:
+    """One table: recall@10 of every method on every data set."""
+    cells: dict[str, dict[str, str]] = {}
+    columns = []
+    for name, backends in report["data"].items():
+        for backend, compared in backends.items():
+            columns.append(f"{name}, {backend}")
+            for method, result in compared["results"].items():
+                value = statistics.fmean(result["recall@10"])
+                cells.setdefault(method, {})[columns[-1]] = f"{value:.4f}"
+    return _by_data(cells, columns)
+
+
 def fellrec_split_section(report: Report) -> str:
     """Tables of what each side holds and takes, what can be read, and how fast clients train."""
     parts = [origin(report)]
@@ -227,12 +259,14 @@ SECTIONS: Places = {
     "fedfnn_cost": ("fedfnn_cost", fedfnn_cost_section),
     "fedfnn_sensitivity": ("fedfnn_sensitivity", fedfnn_sensitivity_section),
     "fedfnn_streaming": ("fedfnn_streaming", fedfnn_streaming_section),
+    "fellrec_balance": ("fellrec_balance", fellrec_balance_section),
     "fellrec_split": ("fellrec_split", fellrec_split_section),
     "hetefedrec_sizes": ("hetefedrec_sizes", hetefedrec_sizes_section),
     "whole_data": ("whole_data", whole_data_section),
 }
 SUMMARIES: Places = {
     "accuracy": ("accuracy", accuracy_summary),
+    "balance": ("fellrec_balance", fellrec_balance_summary),
     "convergence": ("fedfnn_convergence", fedfnn_convergence_summary),
     "sizes": ("hetefedrec_sizes", hetefedrec_sizes_summary),
     "speed": ("cohort_speed", cohort_speed_summary),

@@ -33,6 +33,7 @@ cohort_speed, tables = script("cohort_speed"), script("tables")
 curves, convergence_report = script("_curves"), script("_convergence_report")
 convergence, sensitivity = script("fedfnn_convergence"), script("fedfnn_sensitivity")
 sizes, sizes_report = script("hetefedrec_sizes"), script("_sizes_report")
+balance = script("fellrec_balance")
 split = script("fellrec_split")
 
 
@@ -973,6 +974,32 @@ def test_sizes_runs_and_writes(only_tiny, tmp_path, capsys):
     filled = tables.rewrite(summary, {"hetefedrec_sizes": report}, tables.SUMMARIES)
     value = np.mean(report["summary"][0]["methods"]["All Small"]["ndcg@20"])
     assert f"| All Small | {value:.3f} |" in filled
+
+
+# ---------------------------------------------------------- fellrec_balance
+
+
+def test_balance_runs_appends_and_writes(tmp_path):
+    out = tmp_path / "fellrec_balance.json"
+    words = ["--quick", "--seeds", "1", "--out", str(out), "--append"]
+    assert balance.main([*words, "--methods", "FedAvg"]) == 0
+    assert balance.main([*words, "--methods", "FELLRec"]) == 0
+    report = json.loads(out.read_text())
+    assert str(tmp_path) not in out.read_text()
+    assert len(report["commands"]) == 2
+    compared = report["data"]["made-up"]["encoder"]
+    assert {"popularity", "FedAvg", "FELLRec"} <= set(compared["results"])
+    ours = compared["results"]["FELLRec"]
+    assert ours["worst"][0] == min(ours["clients"][0]) <= ours["recall@10"][0]
+    assert sum(compared["test_users_by_platform"]) == compared["test_users"]
+    goals = balance.goals_of("made-up", compared, "encoder")
+    assert goals[1].value == pytest.approx(
+        ours["recall@10"][0] / compared["results"]["FedAvg"]["recall@10"][0] - 1
+    )
+    text = "<!-- fellrec_balance -->\n<!-- /fellrec_balance -->"
+    filled = tables.rewrite(text, {"fellrec_balance": report}, tables.SECTIONS)
+    assert "| FELLRec |" in filled
+    assert "Tuned: FedAvg: learning_rate 0.008" in filled
 
 
 # ------------------------------------------------------------ fellrec_split

@@ -75,7 +75,7 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 
 # What "auto" stands for, by what the adapters are on; chosen in pilots.
-AUTO_LEARNING_RATE = {"compact": 4e-3, "encoder": 5e-4, "causal": 2e-4}
+AUTO_LEARNING_RATE = {"compact": 8e-3, "encoder": 5e-4, "causal": 2e-4}
 # Weights of the popularity term that "auto" compares, and what it takes without validation.
 POPULARITY_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 AUTO_POPULARITY = 0.5
@@ -164,23 +164,29 @@ class FELLRecRecommender(BaseRecommender):
     examples_per_user : int, default=1
         Next items drawn from a user's history in an epoch, anew each time.
     learning_rate : float or "auto", default="auto"
-        Of AdamW: 0.004 for compact models, 0.0005 for other encoders, 0.0002 for causal models.
+        Of AdamW: 0.008 for compact models, 0.0005 for other encoders, 0.0002 for causal models.
     weight_decay : float, default=0.0
     batch_size : int, default=32
         Examples of a platform in a step.
     gradient_accumulation : int, default=1
         Parts that a batch is cut into, to save memory. Candidates of the loss are those of a
         part.
+    objective : {"lift", "probability"}, default="lift"
+        What the vectors learn from: how much likelier than usual an item is after a history, which
+        popularity is added to when items are ranked; or how likely, with popularity in the loss.
+        Items that nobody has chosen yet are pushed down in the second.
     negatives : {"in-batch", "all"}, default="in-batch"
         Candidates of the ranking loss: targets of the batch and ``n_negatives`` drawn items, which
-        are trained as well; or all items, with the vectors they had when the round began.
-    n_negatives : int, default=64
+        are trained as well; or all items, with the vectors they had when the round began, which
+        needs ``objective="probability"``.
+    n_negatives : int, default=0
+        More than 0 is for ``objective="probability"``.
     prompt_loss : bool, default=False
         With ``inference="generate"``, whether the prompt's tokens count in the loss as well.
     temperature : float, default=0.05
         By which cosines are divided.
     popularity_weight : float or "auto", default="auto"
-        Of the logarithm of how often the platform has chosen an item, in score and loss; with
+        Of the logarithm of how often the platform has chosen an item, in the score; with
         ``"generate"`` the exponent of BIGRec's injection. ``"auto"``: what ranks the validation
         users best before the first round (0.5 without early stopping).
     num_beams : int, default=4
@@ -314,6 +320,7 @@ class FELLRecRecommender(BaseRecommender):
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "gradient_accumulation": [Interval(Integral, 1, None, closed="left")],
+        "objective": [StrOptions({"lift", "probability"})],
         "negatives": [StrOptions({"in-batch", "all"})],
         "n_negatives": [Interval(Integral, 0, None, closed="left")],
         "prompt_loss": ["boolean"],
@@ -363,8 +370,9 @@ class FELLRecRecommender(BaseRecommender):
         weight_decay: float = 0.0,
         batch_size: int = 32,
         gradient_accumulation: int = 1,
+        objective: Literal["lift", "probability"] = "lift",
         negatives: Literal["in-batch", "all"] = "in-batch",
-        n_negatives: int = 64,
+        n_negatives: int = 0,
         prompt_loss: bool = False,
         temperature: float = 0.05,
         popularity_weight: float | Literal["auto"] = "auto",
@@ -417,6 +425,7 @@ class FELLRecRecommender(BaseRecommender):
         self.weight_decay = weight_decay
         self.batch_size = batch_size
         self.gradient_accumulation = gradient_accumulation
+        self.objective = objective
         self.negatives = negatives
         self.n_negatives = n_negatives
         self.prompt_loss = prompt_loss
@@ -441,6 +450,11 @@ class FELLRecRecommender(BaseRecommender):
         if self.inference == "generate" and self.backend != "causal":
             raise ValueError(
                 'inference="generate" needs backend="causal": an encoder cannot write.'
+            )
+        if self.negatives == "all" and self.objective == "lift" and self.inference == "direct":
+            raise ValueError(
+                'negatives="all" needs objective="probability": among all items, popular ones are '
+                "not wrong candidates more often than others."
             )
         previous = dict(vars(self)) if go_on else None
         streams = Streams.from_random_state(self.random_state)
@@ -656,7 +670,8 @@ class FELLRecRecommender(BaseRecommender):
         streams: Streams,
     ) -> Callable[[Adapters, Tensor, Adapters | None, float, int], tuple[Adapters, Tensor]]:
         """Bind what local training needs, see `fedrecsk.methods.fellrec.Train`."""
-        prior = prior_scores(counts, weight)
+        lift = self.objective == "lift"
+        prior = prior_scores(counts, 0.0 if lift else weight)
         shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
         rate = self._learning_rate()
 
@@ -689,6 +704,7 @@ class FELLRecRecommender(BaseRecommender):
                     prior=prior[clients],
                     shares=shares[clients],
                     temperature=self.temperature,
+                    corrected=not lift,
                     frozen_items=frozen,
                     dropout=generators,
                 )

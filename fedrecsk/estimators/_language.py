@@ -208,7 +208,14 @@ def safe_layers(backbone: Backbone, items: Catalogue, max_risk: float, streams: 
         secret,
         special_ids=backbone.tokenizer.all_special_ids,
     )
-    return suggest_client_layers(curve, max_risk)
+    try:
+        return suggest_client_layers(curve, max_risk)
+    except ValueError as error:
+        raise ValueError(
+            f'client_layers="auto" finds no split of {backbone.name} that keeps max_risk='
+            f"{max_risk}. Raise max_risk, or leave all layers to the clients with "
+            f"client_layers=None. {error}"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -107,7 +107,8 @@ def build_compact(
     model, tokenizer = _empty(backend, words)
     generator = streams.torch("compact")
     _draw(model, generator)
-    rows = TokenRows.of(tokenizer(list(texts), add_special_tokens=False)["input_ids"])
+    read = {"truncation": True, "max_length": MAX_POSITIONS}
+    rows = TokenRows.of(tokenizer(list(texts), add_special_tokens=False, **read)["input_ids"])
     _start_from_lsa(model, rows, len(words), streams)
     _train(model, rows, tokenizer, backend, streams)
     weights = {name: value.numpy().copy() for name, value in model.state_dict().items()}

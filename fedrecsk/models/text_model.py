@@ -131,6 +131,7 @@ class TextModel:
         prior: Tensor,
         shares: Tensor,
         temperature: float,
+        corrected: bool = True,
         frozen_items: Tensor | None = None,
         dropout: Sequence[torch.Generator] = (),
     ) -> Tensor:
@@ -145,6 +146,10 @@ class TextModel:
         shares : Tensor of shape (C, n_items)
             Share of each item among the client's targets.
         temperature : float
+        corrected : bool, default=True
+            Whether scores are lowered by how often a candidate is to be expected. If not, an item
+            that is often chosen is as often a wrong candidate, and vectors tell how much likelier
+            than usual an item is.
         frozen_items : Tensor of shape (C, n_items, width), optional
             Item vectors to rank all items by, which are not trained. Default: those of the
             targets and of `examples.negatives`, which are.
@@ -175,6 +180,8 @@ class TextModel:
             # By the client's own number of targets, whatever the others in the step have.
             expected = present.sum(1, keepdim=True) * shares[chosen].gather(1, candidates)
             expected = expected + examples.negatives.shape[1] / shares.shape[1]
+            if not corrected:
+                expected = torch.ones_like(expected)
             losses = ranking_loss(
                 queries,
                 items,
@@ -319,8 +326,9 @@ def open_text_model(
     most = max_tokens if not limit else min(max_tokens, int(limit) - 2)
 
     def pieces(texts: Sequence[str], ending: Sequence[int] = ()) -> TokenRows:
-        rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return TokenRows.of([[*row[:max_item_tokens], *ending] for row in rows])
+        read = {"truncation": True, "max_length": max_item_tokens}
+        rows = tokenizer(list(texts), add_special_tokens=False, **read)["input_ids"]
+        return TokenRows.of([[*row, *ending] for row in rows])
 
     titles = TokenRows.of([])
     if backbone.backend == "encoder":

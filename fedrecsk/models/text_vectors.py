@@ -7,11 +7,16 @@
 
 Texts are tokenised once; batches are put together from token numbers, without strings. The
 popularity term stands beside the text: how often an item is chosen is not in its title, and the
-adapters need not learn it. It is in the loss as in the score, so that what they learn is the rest.
+adapters need not learn it.
 
-Candidates are the targets of the batch and items drawn uniformly; the score of each is lowered by
-the logarithm of how often it is to be expected among them (sampled softmax with the correction of
-Bengio and Senecal 2008), so that popular targets are not punished for standing in many batches.
+Candidates are the targets of the batch, and items drawn uniformly if wanted. There are two losses:
+
+    lift           no more than that. A popular item is often the target and as often a wrong
+                   candidate, so vectors tell how much likelier than usual an item is, and an item
+                   that nobody has chosen yet is not pushed down for it.
+    probability    the score of a candidate is lowered by the logarithm of how often it is to be
+                   expected (sampled softmax with the correction of Bengio and Senecal 2008), and
+                   the popularity term is in the loss too; so scores tell how likely an item is.
 """
 
 from __future__ import annotations

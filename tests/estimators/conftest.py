@@ -85,6 +85,8 @@ FAST_TEXT = {
     "local_epochs": 1,
     "learning_rate": 0.01,
     "target_modules": "all-linear",
+    # Batches of eight hold too few candidates to learn from one another.
+    "objective": "probability",
     "n_negatives": 20,
     "batch_size": 8,
     "temperature": 0.1,

@@ -566,6 +566,7 @@ BAD = {
         "similarity_on": "losses",
         "use_similarity": "yes",
         "similarity_power": -1,
+        "objective": "both",
         "use_heating": "yes",
         "alpha": 0,
         "beta": 0,

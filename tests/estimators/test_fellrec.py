@@ -50,7 +50,6 @@ def make(tiny_backbones):
             "local_epochs": 1,
             "target_modules": "all-linear",
             "learning_rate": 0.01,
-            "n_negatives": 16,
             "popularity_weight": 0.0,
             "early_stopping": False,
             "random_state": 0,
@@ -549,9 +548,21 @@ def test_the_prompt_may_count_in_the_loss(make_causal):
 
 
 def test_all_items_may_be_negatives(make):
-    model = make(negatives="all", n_rounds=6).fit(X, CLIENTS)
-    assert differ(model, make(n_rounds=6).fit(X, CLIENTS))
+    model = make(negatives="all", objective="probability", n_rounds=6).fit(X, CLIENTS)
+    assert differ(model, make(objective="probability", n_rounds=6).fit(X, CLIENTS))
     assert model.history_[-1]["loss"] < model.history_[0]["loss"]
+    with pytest.raises(ValueError, match='negatives="all" needs objective="probability"'):
+        make(negatives="all").fit(X, CLIENTS)
+
+
+def test_lift_leaves_popularity_to_the_ranking(make):
+    """Nothing that is trained depends on the weight; with probabilities it does."""
+    for objective, same in (("lift", True), ("probability", False)):
+        settings = {"objective": objective, "n_negatives": 4, "n_rounds": 1}
+        without = make(**settings).fit(X, CLIENTS)
+        with_it = make(**settings | {"popularity_weight": 1.0}).fit(X, CLIENTS)
+        assert same is not differ(without, with_it)
+        assert not np.allclose(without.recommend(k=3)[1], with_it.recommend(k=3)[1])
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
@@ -667,7 +678,9 @@ ODD = {
 @pytest.mark.parametrize("negatives", ["in-batch", "all"])
 def test_odd_federations(make, kind, early_stopping, negatives):
     rows, clients = ODD[kind]
-    model = make(early_stopping=early_stopping, negatives=negatives).fit(rows, clients)
+    objective = "probability" if negatives == "all" else "lift"
+    settings = {"negatives": negatives, "objective": objective}
+    model = make(early_stopping=early_stopping, **settings).fit(rows, clients)
     assert np.isfinite(model.user_factors_).all()
     assert np.isfinite(model.item_vectors_).all()
     assert all(np.isfinite(record["loss"]) for record in model.history_)

@@ -62,6 +62,7 @@ class Federation:
         self,
         backend="encoder",
         *,
+        objective="probability",
         negatives="in-batch",
         inference="direct",
         prompt_loss=False,
@@ -72,7 +73,12 @@ class Federation:
         dropout=0.0,
         epochs=1,
     ):
-        self.settings = {"negatives": negatives, "inference": inference, "prompt_loss": prompt_loss}
+        self.settings = {
+            "objective": objective,
+            "negatives": negatives,
+            "inference": inference,
+            "prompt_loss": prompt_loss,
+        }
         self.histories = histories
         self.backbone = reference.tiny_backbone(backend, TITLES, decoder=decoder)
         catalogue = Catalogue(Vocabulary(np.arange(N_ITEMS)), TITLES, TITLES)
@@ -145,7 +151,7 @@ class Federation:
         reader = reference.Reader(self.backbone, TITLES, TITLES)
         own = self.histories[client]
         counts = [sum(items.count(item) for items in own) for item in range(N_ITEMS)]
-        popularity = reference.Popularity(counts, WEIGHT)
+        popularity = reference.Popularity(counts, WEIGHT, self.settings["objective"] == "lift")
 
         def losses_from(model):
             if self.settings["inference"] == "generate":
@@ -214,6 +220,8 @@ class Federation:
     [
         {"accumulation": 1, "epochs": 2},
         {"accumulation": 2},
+        {"objective": "lift"},
+        {"objective": "lift", "accumulation": 2, "client_layers": 1},
         {"negatives": "all", "accumulation": 2},
         {"decoder": True},
         {"backend": "causal", "accumulation": 2},

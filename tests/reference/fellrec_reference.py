@@ -123,11 +123,16 @@ class Popularity:
 
     counts: list[int]
     weight: float
+    lift: bool = False  # the loss then knows nothing of popularity
 
     def prior(self, item: int) -> float:
+        if self.lift:
+            return 0.0
         return self.weight * math.log(1 + self.counts[item])
 
     def expected(self, item: int, n_targets: int, n_negatives: int) -> float:
+        if self.lift:
+            return 1.0
         share = self.counts[item] / sum(self.counts)
         return n_targets * share + n_negatives / len(self.counts)
 
