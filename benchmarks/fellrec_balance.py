@@ -32,11 +32,12 @@ from numpy.typing import NDArray
 
 from fedrecsk import CentralizedRecommender, FELLRecRecommender, PopularityRecommender
 from fedrecsk.data import cluster_clients, encode
-from fedrecsk.data.prompts import prompt, read_item_text
+from fedrecsk.data.prompts import read_item_text
 from fedrecsk.datasets import make_interactions
 from fedrecsk.engine.streams import Streams
 from fedrecsk.metrics import evaluate
-from fedrecsk.models.compact import CompactState, build_compact, open_compact
+from fedrecsk.models.backbone import make_compact
+from fedrecsk.models.compact import CompactState, open_compact
 
 SCRIPT = "fellrec_balance"
 N_PLATFORMS = 5
@@ -154,14 +155,9 @@ def backbone_of(arguments: argparse.Namespace, split: Split, backend: str) -> An
     """Give the backbone that all methods train adapters on."""
     if arguments.backbone is not None:
         return arguments.backbone
-    others = [prompt(["", ""])] if backend == "causal" else []
     start = time.perf_counter()
-    state = build_compact(
-        read_item_text(split.item_text).texts,
-        backend=backend,  # type: ignore[arg-type]
-        streams=Streams(0),
-        other_texts=others,
-    )
+    texts = read_item_text(split.item_text).texts
+    state = make_compact(texts, backend=backend, streams=Streams(0))  # type: ignore[arg-type]
     say(f"{split.name}: compact {backend} in {time.perf_counter() - start:.0f} s")
     return Opener(state)
 

@@ -37,11 +37,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedrecsk.data import encode
-from fedrecsk.data.prompts import Catalogue, catalogue, histories, prompt
+from fedrecsk.data.prompts import Catalogue, catalogue, histories
 from fedrecsk.datasets import load_interactions, make_interactions
 from fedrecsk.engine.streams import Streams
-from fedrecsk.models.backbone import Backbone, Backend, last_hidden, load_backbone
-from fedrecsk.models.compact import build_compact, open_compact
+from fedrecsk.models.backbone import Backbone, Backend, last_hidden, load_backbone, make_compact
+from fedrecsk.models.compact import open_compact
 from fedrecsk.models.lora_training import train_adapters
 from fedrecsk.models.reconstruction import ATTACKS, reconstruction_risk, suggest_client_layers
 from fedrecsk.models.split_costs import split_costs
@@ -136,8 +136,7 @@ def openers(
 
 def compact_opener(backend: Backend, texts: Sequence[str]) -> Opener:
     """Make a compact model, as the estimator does."""
-    words = [prompt(["", ""])] if backend == "causal" else []
-    state = build_compact(texts, backend=backend, streams=Streams(0), other_texts=words)
+    state = make_compact(texts, backend=backend, streams=Streams(0))
     return lambda: load_backbone(lambda: open_compact(state), backend=backend, device="cpu")
 
 

@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from fedrecsk.data.interactions import Interactions
-from fedrecsk.data.prompts import Catalogue, catalogue, prompt
+from fedrecsk.data.prompts import Catalogue, catalogue
 from fedrecsk.data.vocabulary import Vocabulary
 from fedrecsk.engine.checkpoints import fingerprint
 from fedrecsk.engine.device import resolve_device, torch_threads
@@ -32,10 +32,10 @@ from fedrecsk.estimators._base import (
     RoundWatch,
 )
 from fedrecsk.estimators._language import (
-    CROWD_SAMPLE,
     Saved,
     about,
     adapters_before,
+    as_tensor,
     by_platform,
     bytes_crossed,
     check_periods,
@@ -45,6 +45,8 @@ from fedrecsk.estimators._language import (
     mean_of_best,
     prior_scores,
     safe_layers,
+    sample_users,
+    score_users,
     score_vectors,
 )
 from fedrecsk.estimators._platforms import (
@@ -63,8 +65,8 @@ from fedrecsk.methods.fellrec import (
     keep_best,
 )
 from fedrecsk.models import adapter_files
-from fedrecsk.models.backbone import COMPACT_NAME, load_backbone
-from fedrecsk.models.compact import CompactState, build_compact, open_compact
+from fedrecsk.models.backbone import COMPACT_NAME, load_backbone, make_compact
+from fedrecsk.models.compact import CompactState, open_compact
 from fedrecsk.models.generation import embed_last_token, generate_titles
 from fedrecsk.models.lora_training import train_adapters
 from fedrecsk.models.stacked_lora import Adapters, mean, select
@@ -500,9 +502,7 @@ class FELLRecRecommender(BaseRecommender):
             before: CompactState = previous["compact_"]
             if before.backend == self.backend:
                 return before
-        # The causal model shall know the words of its instruction.
-        others = [prompt(["", ""])] if self.backend == "causal" else []
-        return build_compact(items.texts, backend=self.backend, streams=streams, other_texts=others)
+        return make_compact(items.texts, backend=self.backend, streams=streams)
 
     def _open(
         self, items: Catalogue, compact: CompactState | None, streams: Streams
@@ -612,7 +612,9 @@ class FELLRecRecommender(BaseRecommender):
             if model.split is not None:
                 logs["bytes_boundary"] = bytes_crossed(model) - before
             if held_out is not None:
-                values = self._validate(model, platforms, held_out, state.adapters, counts, weight)
+                values = self._validate(
+                    model, platforms, held_out, state.adapters, counts, [weight]
+                )[0]
                 state = keep_best(state, values)
                 logs["client_ndcg"] = values.tolist()
             return state, logs
@@ -621,9 +623,8 @@ class FELLRecRecommender(BaseRecommender):
         stopping = None
         if held_out is not None:
             users = np.bincount(platforms.of_user[held_out.users], minlength=n_clients)
-            state = keep_best(
-                state, self._validate(model, platforms, held_out, state.adapters, counts, weight)
-            )
+            values = self._validate(model, platforms, held_out, state.adapters, counts, [weight])[0]
+            state = keep_best(state, values)
             stopping = EarlyStopping[FELLRecState](
                 evaluate=lambda state: mean_of_best(state, users),
                 n_iter_no_change=self.n_iter_no_change,
@@ -679,11 +680,12 @@ class FELLRecRecommender(BaseRecommender):
             adapters: Adapters, clients: Tensor, anchor: Adapters | None, proximal: float, t: int
         ) -> tuple[Adapters, Tensor]:
             numbers = clients.tolist()
+            own_prior, own_shares = prior[clients], shares[clients]
             frozen = None
             if self.negatives == "all" and self.inference == "direct":
-                frozen = torch.stack(
-                    [model.encode_items(select(adapters, [k])) for k in range(len(numbers))]
-                )
+                tables: list[tuple[Adapters, Tensor]] = []
+                each = [select(adapters, [k]) for k in range(len(numbers))]
+                frozen = torch.stack([items_under(model, own, tables) for own in each])
 
             def loss(adapters: Adapters, examples: Examples) -> Tensor:
                 generators = [
@@ -701,8 +703,8 @@ class FELLRecRecommender(BaseRecommender):
                 return model.ranking_losses(
                     adapters,
                     examples,
-                    prior=prior[clients],
-                    shares=shares[clients],
+                    prior=own_prior,
+                    shares=own_shares,
                     temperature=self.temperature,
                     corrected=not lift,
                     frozen_items=frozen,
@@ -739,16 +741,11 @@ class FELLRecRecommender(BaseRecommender):
             return float(self.popularity_weight)
         if self.inference == "generate":
             return 0.0  # what an untrained model writes says nothing of a trained one
-        if held_out is None or not len(held_out.users):
+        if held_out is None:
             return AUTO_POPULARITY
         users = np.bincount(platforms.of_user[held_out.users], minlength=len(platforms))
-        found = [
-            np.nansum(
-                users
-                * self._validate(model, platforms, held_out, adapters, counts, weight).cpu().numpy()
-            )
-            for weight in POPULARITY_GRID
-        ]
+        values = self._validate(model, platforms, held_out, adapters, counts, POPULARITY_GRID)
+        found = np.nansum(users * values.cpu().numpy(), axis=1)
         return POPULARITY_GRID[int(np.argmax(found))]
 
     def _validate(
@@ -758,41 +755,45 @@ class FELLRecRecommender(BaseRecommender):
         held_out: HeldOut,
         adapters: Adapters,
         counts: Tensor,
-        weight: float,
+        weights: Sequence[float],
     ) -> Tensor:
-        """NDCG@20 (C,) of each platform's held-out users, nan where it has none."""
-        found = torch.full((len(platforms),), torch.nan, dtype=torch.float64)
+        """NDCG@20 (W, C) of each platform's held-out users by weight of popularity.
+
+        NaN where a platform has none.
+        """
+        found = torch.full((len(weights), len(platforms)), torch.nan, dtype=torch.float64)
         tables: list[tuple[Adapters, Tensor]] = []
         for platform, which in by_platform(platforms.of_user[held_out.users]):
             users = held_out.users[which]
             own = select(adapters, [platform])
             windows = platforms.window(users, held_out.ends[users], self.max_history)
-            scores = self._scores(model, own, windows, counts[platform], weight, tables)
-            values = held_out.ndcg(scores.cpu().numpy(), platforms, which)
-            found[platform] = float(values.mean())
+            queries, items = self._vectors(model, own, windows, tables)
+            for row, weight in enumerate(weights):
+                scores = score_vectors(
+                    queries,
+                    items,
+                    counts[platform],
+                    weight,
+                    self.temperature,
+                    generated=self.inference == "generate",
+                )
+                values = held_out.ndcg(scores.cpu().numpy(), platforms, which)
+                found[row, platform] = float(values.mean())
         return found.to(model.device)
 
-    def _scores(
+    def _vectors(
         self,
         model: TextModel,
         own: Adapters,
         windows: IntArray,
-        counts: Tensor,
-        weight: float,
         tables: list[tuple[Adapters, Tensor]],
-    ) -> Tensor:
-        """Scores (n, n_items) of histories under one adapter; `tables` keeps item vectors."""
+    ) -> tuple[Tensor, Tensor]:
+        """Vectors of histories (n, H) under one adapter, and of items, kept in `tables`."""
         if self.inference == "generate":
-            queries = self._written(model, own, windows)[1]
             if not tables:
                 tables.append((own, self._titles(model)))
-            items = tables[0][1]
-        else:
-            queries = model.encode_histories(own, windows)
-            items = items_under(model, own, tables)
-        return score_vectors(
-            queries, items, counts, weight, self.temperature, generated=self.inference == "generate"
-        )
+            return self._written(model, own, windows)[1], tables[0][1]
+        return model.encode_histories(own, windows), items_under(model, own, tables)
 
     # -------------------------------------------------------------------- serving
 
@@ -829,8 +830,7 @@ class FELLRecRecommender(BaseRecommender):
             item_vectors = [self._titles(model)]
         else:
             item_vectors.append(items_under(model, crowd_adapter, tables))
-            some = np.linspace(0, platforms.n_users - 1, min(CROWD_SAMPLE, platforms.n_users))
-            sample = everybody[np.unique(some.astype(np.int64))]
+            sample = everybody[sample_users(platforms.n_users)]
             crowd = model.encode_histories(crowd_adapter, sample).mean(0)
         counts = platforms.counts(platforms.lengths)
         stacked = torch.stack(item_vectors).cpu().numpy()
@@ -869,22 +869,7 @@ class FELLRecRecommender(BaseRecommender):
         return embed_last_token(model.backbone, model.title_texts)
 
     def _score_items(self, users: NDArray[np.int64]) -> FloatArray:
-        platforms = np.where(users >= 0, self.user_platforms_[users], len(self.platform_ids_))
-        scores = np.empty((len(users), len(self.item_ids_)), dtype=np.float32)
-        for platform, which in by_platform(platforms):
-            rows = self.user_factors_[users[which]]
-            if platform == len(self.platform_ids_):
-                rows = np.repeat(self.crowd_factors_[None], len(which), axis=0)
-            table = 0 if self.generates_ else platform
-            scores[which] = score_vectors(
-                torch.from_numpy(rows),
-                _tensor(self.item_vectors_[table]),
-                _tensor(self.item_counts_[platform]).float(),
-                self.popularity_weight_,
-                self.temperature_,
-                generated=self.generates_,
-            ).numpy()
-        return scores
+        return score_users(vars(self), users)
 
     def _score_pairs(
         self, users: NDArray[np.int64], items: NDArray[np.int64]
@@ -931,7 +916,7 @@ class FELLRecRecommender(BaseRecommender):
         check_is_fitted(self)
         return adapter_files.save_adapters(
             folder,
-            {name: _tensor(value) for name, value in self.adapters_.items()},
+            {name: as_tensor(value) for name, value in self.adapters_.items()},
             self.platform_ids_,
             base_model=self.backbone_name_,
             rank=self.lora_rank,
@@ -1035,8 +1020,3 @@ class FELLRecRecommender(BaseRecommender):
             },
         )
         return Saved(Path(self.checkpoint), mark)
-
-
-def _tensor(array: NDArray[Any]) -> Tensor:
-    """Share the memory of an array, but that of a memory-mapped one, which cannot be written."""
-    return torch.from_numpy(array if array.flags.writeable else array.copy())

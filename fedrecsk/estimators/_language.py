@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,23 +77,40 @@ def items_under(model: TextModel, own: Adapters, tables: list[tuple[Adapters, Te
     return table
 
 
+def as_tensor(array: NDArray[Any]) -> Tensor:
+    """Share the memory of an array, but that of a memory-mapped one, which cannot be written."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def score_users(fitted: Mapping[str, Any], users: IntArray) -> NDArray[np.float32]:
+    """Scores (n, n_items) for user codes (n,), -1 for the crowd, from fitted attributes."""
+    crowd = len(fitted["item_counts_"]) - 1
+    platforms = np.where(users >= 0, fitted["user_platforms_"][users], crowd)
+    scores = np.empty((len(users), len(fitted["item_factors_"])), dtype=np.float32)
+    for platform, which in by_platform(platforms):
+        rows = fitted["user_factors_"][users[which]]
+        if platform == crowd:
+            rows = np.repeat(fitted["crowd_factors_"][None], len(which), axis=0)
+        table = 0 if fitted["generates_"] else platform
+        scores[which] = score_vectors(
+            torch.from_numpy(rows),
+            as_tensor(fitted["item_vectors_"][table]),
+            as_tensor(fitted["item_counts_"][platform]).float(),
+            fitted["popularity_weight_"],
+            fitted["temperature_"],
+            generated=fitted["generates_"],
+        ).numpy()
+    return scores
+
+
+def sample_users(n_users: int) -> IntArray:
+    """Codes of some users, evenly spread."""
+    return np.unique(np.linspace(0, n_users - 1, CROWD_SAMPLE).astype(np.int64))
+
+
 def find_intercept(attributes: Attributes, platforms: Platforms) -> float:
     """Shift scores so that the mean probability of a pair is the share of pairs in the data."""
-    users = np.unique(np.linspace(0, platforms.n_users - 1, CROWD_SAMPLE).astype(np.int64))
-    found = []
-    for platform, which in by_platform(platforms.of_user[users]):
-        table = 0 if attributes["generates_"] else platform
-        found.append(
-            score_vectors(
-                torch.from_numpy(attributes["user_factors_"][users[which]]),
-                torch.from_numpy(attributes["item_vectors_"][table]),
-                torch.from_numpy(attributes["item_counts_"][platform]).float(),
-                attributes["popularity_weight_"],
-                attributes["temperature_"],
-                generated=attributes["generates_"],
-            ).numpy()
-        )
-    scores = np.concatenate(found).astype(np.float64)
+    scores = score_users(attributes, sample_users(platforms.n_users)).astype(np.float64)
     if not np.isfinite(scores).all():
         raise FloatingPointError(
             "Training diverged: the scores are not finite. Lower learning_rate."

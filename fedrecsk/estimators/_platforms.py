@@ -19,9 +19,10 @@ from fedrecsk.data.interactions import Interactions
 from fedrecsk.data.partition import cluster_clients
 from fedrecsk.data.prompts import histories
 from fedrecsk.data.vocabulary import Vocabulary
+from fedrecsk.engine.shards import concatenate_ranges
 from fedrecsk.engine.streams import Streams
-from fedrecsk.estimators._base import SCORE_K, Attributes
-from fedrecsk.metrics.ranking import hits_of, ndcg_from_hits, top_k
+from fedrecsk.estimators._base import Attributes
+from fedrecsk.estimators._factors import Validation
 from fedrecsk.models.lora_training import length_buckets
 from fedrecsk.models.text_model import Examples
 from fedrecsk.models.text_vectors import TextForm, last_items
@@ -75,9 +76,9 @@ class Platforms:
         """How often each platform has chosen each item (C, n_items), among the first `ends`."""
         users = np.repeat(np.arange(self.n_users), self.lengths)
         early = np.arange(len(self.items)) - self.indptr[users] < ends[users]
-        table = np.zeros((len(self), self.n_items))
-        np.add.at(table, (self.of_user[users][early], self.items[early]), 1.0)
-        return table
+        places = self.of_user[users[early]] * self.n_items + self.items[early]
+        table = np.bincount(places, minlength=len(self) * self.n_items)
+        return table.reshape(len(self), self.n_items).astype(np.float64)
 
     def window(self, users: IntArray, ends: IntArray, n: int) -> IntArray:
         """Last n items (m, n) of users before `ends` (m,), the latest first."""
@@ -139,12 +140,11 @@ def _joined(data: Interactions, previous: Attributes) -> IntArray:
     if len(new):
         counts = previous["item_counts_"][:-1]  # of the platforms, without the crowd
         taste = np.log((counts + 1.0) / (counts + 1.0).sum(axis=1, keepdims=True))
-        n_old = counts.shape[1]
-        old = Vocabulary(previous["item_ids_"]).encode(data.items.ids)
-        rows = np.isin(data.user_client[data.user], new) & old[1][data.item]
+        codes, is_old = Vocabulary(previous["item_ids_"]).encode(data.items.ids)
+        rows = np.isin(data.user_client[data.user], new) & is_old[data.item]
         likelihood = np.zeros((data.n_clients, len(counts)))
-        places = np.minimum(old[0][data.item[rows]], n_old - 1)
-        np.add.at(likelihood, data.user_client[data.user[rows]], taste[:, places].T)
+        owners = data.user_client[data.user[rows]]
+        np.add.at(likelihood, owners, taste[:, codes[data.item[rows]]].T)
         of_client[new] = likelihood[new].argmax(axis=1)
     return of_client
 
@@ -171,16 +171,20 @@ class HeldOut:
     ) -> NDArray[np.float64]:
         """NDCG@20 of users `which` (of m) from their scores (len(which), n_items), overwritten."""
         users = self.users[which]
-        lengths = self.ends[users]
-        rows = np.repeat(np.arange(len(users)), lengths)
-        offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        scores[rows, platforms.items[platforms.indptr[users][rows] + offsets]] = -np.inf
-        k = min(SCORE_K, scores.shape[1])
+        starts = platforms.indptr[users]
+        # Where the items of each user begin, and where those end that are not held out.
+        bounds = np.column_stack([starts, starts + self.ends[users]]).ravel()
+        places = concatenate_ranges(bounds, 2 * np.arange(len(users)))
         truth = csr_array(
             (np.ones(len(users), dtype=bool), (np.arange(len(users)), self.targets[which])),
             shape=scores.shape,
         )
-        return ndcg_from_hits(hits_of(top_k(scores, k), truth), np.ones(len(users), np.int64), k)
+        return Validation(
+            users=users,
+            truth=truth,
+            seen_rows=np.repeat(np.arange(len(users)), self.ends[users]),
+            seen_items=platforms.items[places],
+        ).ndcg_per_user(scores)
 
 
 def hold_out_last(platforms: Platforms, fraction: float, streams: Streams) -> HeldOut:

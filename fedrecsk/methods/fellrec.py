@@ -99,13 +99,13 @@ def fellrec_step(
     proximal: float,
     similarity_on: SimilarityOn,
     use_similarity: bool,
+    similarity_power: float,
     use_heating: bool,
     alpha: float,
     beta: float,
     heating_temperature: float,
     heating_exponent: Exponent,
     staleness_exponent: float,
-    similarity_power: float = 1.0,
 ) -> tuple[FELLRecState, Logs]:
     """Run one round: local training of the clients that are due, then the mixing.
 

@@ -30,7 +30,9 @@ from fedrecsk.engine.streams import Streams
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Backbone", "Backend", "last_hidden", "load_backbone", "token_logits"]
+    from fedrecsk.models.compact import CompactState
+
+__all__ = ["Backbone", "Backend", "last_hidden", "load_backbone", "make_compact"]
 
 Backend = Literal["causal", "encoder"]
 
@@ -87,6 +89,13 @@ class Backbone:
     def device(self) -> torch.device:
         """Where the model is, and where its inputs must be."""
         return next(self.model.parameters()).device
+
+    @property
+    def max_positions(self) -> int | None:
+        """Number of tokens that the model can read, if it says so."""
+        config: Any = self.model.config
+        found = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return int(found) if found is not None and found > 0 else None
 
 
 def load_backbone(
@@ -162,12 +171,37 @@ def load_backbone(
             model = _load_model(folder, name, backend, dtype, device, quantization)
             tokenizer = _load_tokenizer(folder, name)
         elif backbone is None:
-            model, tokenizer = _make_compact(texts, backend, seed)
+            from fedrecsk.models.compact import open_compact
+
+            state = make_compact(texts, backend=backend, streams=Streams(seed))
+            model, tokenizer = open_compact(state)
             name = COMPACT_NAME
         else:
             model, tokenizer, name = _call(backbone, backend)
         _fit_tokenizer(model, tokenizer, name)
         return _freeze(model, tokenizer, backend, name, dtype, device)
+
+
+def make_compact(texts: Sequence[str], *, backend: Backend, streams: Streams) -> CompactState:
+    """Make the compact model that ``backbone=None`` stands for.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        Of the items.
+    backend : {"causal", "encoder"}
+        The causal model knows the words of its instruction as well.
+    streams : Streams
+
+    Returns
+    -------
+    CompactState
+        For `fedrecsk.models.compact.open_compact`.
+    """
+    from fedrecsk.models.compact import build_compact
+
+    others = [prompt(["", ""])] if backend == "causal" else []
+    return build_compact(texts, backend=backend, streams=streams, other_texts=others)
 
 
 def last_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -190,27 +224,6 @@ def last_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
     base: Any = model.base_model
     hidden: Tensor = base(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     return hidden
-
-
-def token_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Compute the logits of the token after each token.
-
-    Parameters
-    ----------
-    model : Module
-        Of a causal :class:`Backbone`.
-    input_ids : Tensor of shape (rows, L), int64
-        Token ids.
-    attention_mask : Tensor of shape (rows, L)
-        One where there is a token, zero at padding.
-
-    Returns
-    -------
-    logits : Tensor of shape (rows, L, n_tokens)
-        In the dtype of the model.
-    """
-    logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
-    return logits
 
 
 def _check_choices(
@@ -480,15 +493,6 @@ def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise FileNotFoundError(none)
     return tokenizer
-
-
-def _make_compact(texts: Sequence[str], backend: Backend, seed: int) -> tuple[Any, Any]:
-    """Make a model of the item texts, which knows the words of the prompt as well."""
-    from fedrecsk.models.compact import build_compact, open_compact
-
-    others = [prompt(["", ""])] if backend == "causal" else []
-    state = build_compact(texts, backend=backend, streams=Streams(seed), other_texts=others)
-    return open_compact(state)
 
 
 def _call(

@@ -266,7 +266,7 @@ def _train(model: Any, rows: TokenRows, tokenizer: Any, backend: Backend, stream
         loss = functional.cross_entropy(one @ other.T / TEMPERATURE, labels)
         if backend == "causal":
             whole = [[start, *row[:MOST_WORDS].tolist(), end] for row in chosen]
-            loss = loss + next_word_loss(model, whole, pad)
+            loss = loss + _next_word_loss(model, whole, pad)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / n_steps)
@@ -281,7 +281,7 @@ def _vectors(model: Any, texts: list[list[int]], pad: int, backend: Backend) -> 
     return pooled(hidden, mask, "mean" if backend == "encoder" else "last")
 
 
-def next_word_loss(model: Any, texts: list[list[int]], pad: int) -> Tensor:
+def _next_word_loss(model: Any, texts: list[list[int]], pad: int) -> Tensor:
     """Mean cross-entropy of the next token over the tokens of texts."""
     tokens, mask = pad_rows(texts, pad)
     logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1]

@@ -15,13 +15,14 @@ company that a text is batched with does not matter beyond rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedrecsk.data.prompts import read_answer
 from fedrecsk.models.backbone import Backbone, last_hidden
+from fedrecsk.models.text_vectors import pad_rows
 
 __all__ = ["embed_last_token", "generate_titles", "ground", "inject_popularity"]
 
@@ -73,7 +74,7 @@ def generate_titles(
         return []
     if min(lengths) == 0:
         raise ValueError(f"Prompt {lengths.index(0)} is empty. Give it at least one token.")
-    limit = _max_positions(backbone)
+    limit = backbone.max_positions
     if limit is not None and max(lengths) + max_new_tokens > limit:
         raise ValueError(
             f"The longest prompt has {max(lengths)} tokens and its title up to {max_new_tokens}, "
@@ -83,7 +84,9 @@ def generate_titles(
     model: Any = backbone.model
     titles = [""] * len(prompts)
     for places in _by_length(lengths, batch_size):
-        ids, mask = _pad(backbone, [prompts[place] for place in places], "left")
+        pad = backbone.tokenizer.pad_token_id
+        rows = [prompts[place] for place in places]
+        ids, mask = pad_rows(rows, pad, backbone.device, side="left")
         written = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -126,13 +129,14 @@ def embed_last_token(
     """
     if not len(texts):
         return torch.empty(0, backbone.width, device=backbone.device)
-    limit = _max_positions(backbone)
+    limit = backbone.max_positions
     max_length = max_length if limit is None else min(max_length, limit)
     encoded = backbone.tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     tokens = [ids or [backbone.tokenizer.pad_token_id] for ids in encoded]
     vectors = torch.empty(len(tokens), backbone.width, device=backbone.device)
     for places in _by_length([len(ids) for ids in tokens], batch_size):
-        ids, mask = _pad(backbone, [tokens[place] for place in places], "right")
+        texts_here = [tokens[place] for place in places]
+        ids, mask = pad_rows(texts_here, backbone.tokenizer.pad_token_id, backbone.device)
         hidden = last_hidden(backbone.model, ids, mask)  # (rows, L, width)
         rows = torch.arange(len(places), device=ids.device)
         last = hidden[rows, mask.sum(1) - 1]
@@ -229,26 +233,3 @@ def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
-
-
-def _pad(
-    backbone: Backbone, rows: Sequence[Sequence[int]], side: Literal["left", "right"]
-) -> tuple[Tensor, Tensor]:
-    """Make token ids and attention mask, each (rows, L), of rows of different lengths."""
-    longest = max(map(len, rows))
-    pad = backbone.tokenizer.pad_token_id
-    ids, mask = [], []
-    for row in rows:
-        blank = longest - len(row)
-        padding, nothing, ones = [pad] * blank, [0] * blank, [1] * len(row)
-        ids.append([*padding, *row] if side == "left" else [*row, *padding])
-        mask.append(nothing + ones if side == "left" else ones + nothing)
-    device = backbone.device
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _max_positions(backbone: Backbone) -> int | None:
-    """Give the number of tokens that the model can read, if it says so."""
-    config: Any = backbone.model.config
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(found) if found is not None and found > 0 else None

@@ -31,6 +31,7 @@ from fedrecsk.models.text_vectors import (
     TextForm,
     TokenRows,
     encode_texts,
+    pad_rows,
     pooled,
     ranking_loss,
 )
@@ -177,11 +178,11 @@ class TextModel:
                 codes = np.roll(codes, size, axis=1)
         if frozen_items is None:
             candidates = torch.from_numpy(codes).to(self.device)
-            # By the client's own number of targets, whatever the others in the step have.
-            expected = present.sum(1, keepdim=True) * shares[chosen].gather(1, candidates)
-            expected = expected + examples.negatives.shape[1] / shares.shape[1]
-            if not corrected:
-                expected = torch.ones_like(expected)
+            expected = torch.ones_like(candidates, dtype=torch.float32)
+            if corrected:
+                # By the client's own number of targets, whatever the others in the step have.
+                expected = present.sum(1, keepdim=True) * shares[chosen].gather(1, candidates)
+                expected = expected + examples.negatives.shape[1] / shares.shape[1]
             losses = ranking_loss(
                 queries,
                 items,
@@ -260,21 +261,10 @@ class TextModel:
         prompts = self.prompts(examples.histories)
         answers = [self.titles[item].tolist() for item in examples.targets.flatten().tolist()]
         rows = [one + other for one, other in zip(prompts, answers, strict=True)]
-        width = max(map(len, rows))
-        tokens = np.full((len(rows), width), self.histories.pad, dtype=np.int64)
-        for number, row in enumerate(rows):
-            tokens[number, : len(row)] = row
-        starts = np.array([len(row) for row in prompts])[:, None]
-        ends = np.array([len(row) for row in rows])[:, None]
-        places = np.arange(width)
-        return tuple(  # type: ignore[return-value]
-            torch.from_numpy(array).to(self.device)
-            for array in (
-                tokens,
-                (places < ends).astype(np.int64),
-                (places >= starts) & (places < ends),
-            )
-        )
+        tokens, mask = pad_rows(rows, self.histories.pad, self.device)
+        starts = torch.tensor([len(row) for row in prompts], device=self.device)[:, None]
+        places = torch.arange(tokens.shape[1], device=self.device)
+        return tokens, mask, mask.bool() & (places >= starts)
 
 
 def open_text_model(
@@ -322,8 +312,9 @@ def open_text_model(
     tokenizer = backbone.tokenizer
     head, tail = _special_tokens(tokenizer)
     pad = int(tokenizer.pad_token_id)
-    limit = getattr(backbone.model.config.get_text_config(), "max_position_embeddings", None)
-    most = max_tokens if not limit else min(max_tokens, int(limit) - 2)
+    limit = backbone.max_positions
+    # Some models count positions from 2 on.
+    most = max_tokens if limit is None else min(max_tokens, limit - 2)
 
     def pieces(texts: Sequence[str], ending: Sequence[int] = ()) -> TokenRows:
         read = {"truncation": True, "max_length": max_item_tokens}

@@ -204,9 +204,15 @@ def last_items(
 
 
 def pad_rows(
-    rows: Sequence[Sequence[int]], pad: int, device: torch.device | None = None
+    rows: Sequence[Sequence[int]],
+    pad: int,
+    device: torch.device | None = None,
+    *,
+    side: Literal["left", "right"] = "right",
 ) -> tuple[Tensor, Tensor]:
     """Put token numbers side by side: tokens (n, L) and mask (n, L), both int64.
+
+    The padding is on the given side. An empty row is read as a single pad token.
 
     Examples
     --------
@@ -215,12 +221,18 @@ def pad_rows(
     >>> tokens.tolist(), mask.tolist()
     ([[5, 6], [7, 0]], [[1, 1], [1, 0]])
     """
-    width = max([1, *(len(row) for row in rows)])
-    tokens = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
-    mask = torch.tensor(
-        [[1] * max(len(row), 1) + [0] * (width - max(len(row), 1)) for row in rows], device=device
-    )
-    return tokens, mask
+    filled = [list(row) or [pad] for row in rows]
+    width = max([1, *map(len, filled)])
+    tokens, mask = [], []
+    for row in filled:
+        padding, nothing, ones = (
+            [pad] * (width - len(row)),
+            [0] * (width - len(row)),
+            [1] * len(row),
+        )
+        tokens.append([*padding, *row] if side == "left" else [*row, *padding])
+        mask.append([*nothing, *ones] if side == "left" else [*ones, *nothing])
+    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
 
 def pooled(hidden: Tensor, mask: Tensor, how: Pooling) -> Tensor:

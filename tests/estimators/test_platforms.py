@@ -489,9 +489,12 @@ def test_the_intercept_makes_probabilities_those_of_the_data(generates):
     counts = platforms.counts(platforms.lengths)
     attributes = {
         "generates_": generates,
+        "user_platforms_": platforms.of_user,
+        "crowd_factors_": np.zeros(4, dtype=np.float32),
+        "item_factors_": np.zeros((N_ITEMS, 4), dtype=np.float32),
         "user_factors_": rng.standard_normal((50, 4)).astype(np.float32),
         "item_vectors_": rng.standard_normal((2, N_ITEMS, 4)).astype(np.float32),
-        "item_counts_": counts,
+        "item_counts_": np.concatenate([counts, counts.sum(0)[None]]),
         "popularity_weight_": 0.5,
         "temperature_": 0.5,
     }

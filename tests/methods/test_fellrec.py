@@ -35,6 +35,7 @@ BALANCE = {
     "proximal": 0.0,
     "similarity_on": "params",
     "use_similarity": True,
+    "similarity_power": 1.0,
     "use_heating": True,
     "alpha": 0.7,
     "beta": 5.0,

@@ -34,7 +34,6 @@ from fedrecsk.models.backbone import (
     _transformer_layers,
     last_hidden,
     load_backbone,
-    token_logits,
 )
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", "red", "blue", "robot", "wizard"]
@@ -119,7 +118,7 @@ def test_a_loaded_backbone(saved, kind, backend, layers_path, n_layers, looks_ba
     hidden = last_hidden(found.model, IDS, MASK)
     torch.testing.assert_close(hidden, outputs.hidden_states[-1], rtol=1e-5, atol=1e-6)
     if backend == "causal":
-        logits = token_logits(found.model, IDS, MASK)
+        logits = found.model(input_ids=IDS, attention_mask=MASK).logits
         torch.testing.assert_close(logits, outputs.logits, rtol=1e-5, atol=1e-6)
 
     # What a token has seen, not what a configuration says.
@@ -198,7 +197,7 @@ def test_a_pad_token_that_the_model_has_no_row_for(kind):
         assert not after.requires_grad
         torch.testing.assert_close(after[:9], before.detach())
         torch.testing.assert_close(after[9], before.detach().mean(0))
-    assert token_logits(found.model, torch.tensor([[9]]), torch.tensor([[1]])).shape == (1, 1, 10)
+    assert found.model(input_ids=torch.tensor([[9]])).logits.shape == (1, 1, 10)
 
 
 def test_settings_of_a_checkpoint_do_not_change_how_titles_are_written():
@@ -451,8 +450,8 @@ def test_weights_in_several_files(saved, tmp_path):
     make_model("llama").save_pretrained(tmp_path, max_shard_size="5KB")
     make_tokenizer(pad_token="[PAD]").save_pretrained(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
-    expected = token_logits(load(saved / "llama").model, IDS, MASK)
-    assert torch.equal(token_logits(load(tmp_path).model, IDS, MASK), expected)
+    expected = load(saved / "llama").model(input_ids=IDS, attention_mask=MASK).logits
+    assert torch.equal(load(tmp_path).model(input_ids=IDS, attention_mask=MASK).logits, expected)
     next(tmp_path.glob("model-00002*")).unlink()
     with pytest.raises(OSError, match="The weights of"):
         load(tmp_path)

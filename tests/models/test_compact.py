@@ -12,8 +12,8 @@ from fedrecsk.models.backbone import last_hidden
 from fedrecsk.models.compact import (
     MAX_POSITIONS,
     WIDTH,
+    _next_word_loss,
     build_compact,
-    next_word_loss,
     open_compact,
 )
 from fedrecsk.models.text_vectors import pad_rows, pooled
@@ -194,7 +194,7 @@ def test_next_words_are_learned(titled, trained):
         model, tokenizer = open_compact(state)
         texts = [[*row, tokenizer.eos_token_id] for row in tokenizer(titles)["input_ids"]]
         with torch.no_grad():
-            losses.append(float(next_word_loss(model, texts, tokenizer.pad_token_id)))
+            losses.append(float(_next_word_loss(model, texts, tokenizer.pad_token_id)))
     assert losses[0] < losses[1] - 0.3
 
 
@@ -221,5 +221,5 @@ def test_next_word_loss_is_a_mean_over_tokens(quick):
         for row in rows:
             logits = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
             losses += [-float(logits[place - 1, row[place]]) for place in range(1, len(row))]
-        found = float(next_word_loss(model, rows, tokenizer.pad_token_id))
+        found = float(_next_word_loss(model, rows, tokenizer.pad_token_id))
     assert found == pytest.approx(np.mean(losses), rel=1e-5)
