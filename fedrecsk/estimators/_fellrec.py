@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -32,6 +33,7 @@ from fedrecsk.estimators._base import (
     RoundWatch,
 )
 from fedrecsk.estimators._language import (
+    Ranking,
     Saved,
     about,
     adapters_before,
@@ -43,11 +45,9 @@ from fedrecsk.estimators._language import (
     find_intercept,
     items_under,
     mean_of_best,
-    prior_scores,
     safe_layers,
     sample_users,
     score_users,
-    score_vectors,
 )
 from fedrecsk.estimators._platforms import (
     HeldOut,
@@ -81,6 +81,11 @@ AUTO_LEARNING_RATE = {"compact": 8e-3, "encoder": 5e-4, "causal": 2e-4}
 # Weights of the popularity term that "auto" compares, and what it takes without validation.
 POPULARITY_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 AUTO_POPULARITY = 0.5
+# Temperatures that "auto" compares, a fifth apart, the steps of each platform that it looks at,
+# and what it takes where there are none.
+TEMPERATURE_GRID = tuple(round(0.02 * 1.2**step, 4) for step in range(20))
+TEMPERATURE_STEPS = 4
+AUTO_TEMPERATURE = 0.05
 MAX_TITLE_TOKENS = 32
 
 
@@ -185,8 +190,9 @@ class FELLRecRecommender(BaseRecommender):
         More than 0 is for ``objective="probability"``.
     prompt_loss : bool, default=False
         With ``inference="generate"``, whether the prompt's tokens count in the loss as well.
-    temperature : float, default=0.05
-        By which cosines are divided.
+    temperature : float or "auto", default="auto"
+        By which cosines are divided. ``"auto"``: what makes the loss of the start smallest; a
+        lower one would first have to be unlearned, and the order of the texts with it.
     popularity_weight : float or "auto", default="auto"
         Of the logarithm of how often the platform has chosen an item, in the score; with
         ``"generate"`` the exponent of BIGRec's injection. ``"auto"``: what ranks the validation
@@ -326,7 +332,7 @@ class FELLRecRecommender(BaseRecommender):
         "negatives": [StrOptions({"in-batch", "all"})],
         "n_negatives": [Interval(Integral, 0, None, closed="left")],
         "prompt_loss": ["boolean"],
-        "temperature": [Interval(Real, 0, None, closed="neither")],
+        "temperature": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
         "popularity_weight": [Interval(Real, 0, None, closed="left"), StrOptions({"auto"})],
         "num_beams": [Interval(Integral, 1, None, closed="left")],
         "checkpoint": [str, Path, None],
@@ -376,7 +382,7 @@ class FELLRecRecommender(BaseRecommender):
         negatives: Literal["in-batch", "all"] = "in-batch",
         n_negatives: int = 0,
         prompt_loss: bool = False,
-        temperature: float = 0.05,
+        temperature: float | Literal["auto"] = "auto",
         popularity_weight: float | Literal["auto"] = "auto",
         num_beams: int = 4,
         min_rating: float | None = None,
@@ -473,10 +479,10 @@ class FELLRecRecommender(BaseRecommender):
         with torch_threads(CPU_CHUNK_ROWS * self.batch_size):
             model, layers = self._open(items, compact, streams)
             try:
-                trained, history, weight = self._train(
+                trained, history, ranking = self._train(
                     data, platforms, items, model, streams, watch, previous, codes
                 )
-                served = self._serve(model, platforms, trained, weight)
+                served = self._serve(model, platforms, trained, ranking)
             finally:
                 model.lora.restore()
         return {
@@ -549,8 +555,8 @@ class FELLRecRecommender(BaseRecommender):
         watch: RoundWatch,
         previous: Attributes | None,
         codes: IntArray,
-    ) -> tuple[Adapters, list[Record], float]:
-        """Run the rounds; return the adapters that serve, the history, the popularity's weight."""
+    ) -> tuple[Adapters, list[Record], Ranking]:
+        """Run the rounds; return the adapters that serve, the history, and how scores are made."""
         n_clients = len(platforms)
         ends = platforms.lengths
         held_out = None
@@ -563,7 +569,6 @@ class FELLRecRecommender(BaseRecommender):
         if previous is not None:
             start = adapters_before(start, platforms, previous)
         counts = torch.from_numpy(platforms.counts(ends)).to(model.device, torch.float32)
-        weight = self._popularity_weight(model, platforms, held_out, start, counts)
         sampler = Sampler(
             platforms,
             ends,
@@ -585,7 +590,16 @@ class FELLRecRecommender(BaseRecommender):
                 UserWarning,
                 stacklevel=2,
             )
-        train = self._local_training(model, sampler, counts, weight, streams)
+        ranking = Ranking(
+            temperature=self._temperature(model, sampler, start, previous),
+            popularity_weight=AUTO_POPULARITY
+            if self.popularity_weight == "auto"
+            else float(self.popularity_weight),
+            generated=self.inference == "generate",
+        )
+        if self.popularity_weight == "auto":
+            ranking = self._best_popularity(ranking, model, platforms, held_out, start, counts)
+        train = self._local_training(model, sampler, counts, ranking, streams)
         periods = check_periods(self.client_periods, n_clients, model.device)
 
         def step(state: FELLRecState, t: int) -> tuple[FELLRecState, Record]:
@@ -613,7 +627,7 @@ class FELLRecRecommender(BaseRecommender):
                 logs["bytes_boundary"] = bytes_crossed(model) - before
             if held_out is not None:
                 values = self._validate(
-                    model, platforms, held_out, state.adapters, counts, [weight]
+                    [ranking], model, platforms, held_out, state.adapters, counts
                 )[0]
                 state = keep_best(state, values)
                 logs["client_ndcg"] = values.tolist()
@@ -623,7 +637,9 @@ class FELLRecRecommender(BaseRecommender):
         stopping = None
         if held_out is not None:
             users = np.bincount(platforms.of_user[held_out.users], minlength=n_clients)
-            values = self._validate(model, platforms, held_out, state.adapters, counts, [weight])[0]
+            values = self._validate([ranking], model, platforms, held_out, state.adapters, counts)[
+                0
+            ]
             state = keep_best(state, values)
             stopping = EarlyStopping[FELLRecState](
                 evaluate=lambda state: mean_of_best(state, users),
@@ -640,7 +656,7 @@ class FELLRecRecommender(BaseRecommender):
             return watch.end(
                 record,
                 lambda: {
-                    **self._serve(model, platforms, self._serving(state), weight),
+                    **self._serve(model, platforms, self._serving(state), ranking),
                     **about(data, codes, items, platforms),
                 },
             )
@@ -655,7 +671,7 @@ class FELLRecRecommender(BaseRecommender):
             on_round_begin=watch.begin,
             on_round_end=round_ended,
         )
-        return self._serving(result.state), result.history, weight
+        return self._serving(result.state), result.history, ranking
 
     def _serving(self, state: FELLRecState) -> Adapters:
         """Adapters that users are served with."""
@@ -667,12 +683,12 @@ class FELLRecRecommender(BaseRecommender):
         model: TextModel,
         sampler: Sampler,
         counts: Tensor,
-        weight: float,
+        ranking: Ranking,
         streams: Streams,
     ) -> Callable[[Adapters, Tensor, Adapters | None, float, int], tuple[Adapters, Tensor]]:
         """Bind what local training needs, see `fedrecsk.methods.fellrec.Train`."""
         lift = self.objective == "lift"
-        prior = prior_scores(counts, 0.0 if lift else weight)
+        prior = torch.zeros_like(counts) if lift else ranking.prior(counts)
         shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
         rate = self._learning_rate()
 
@@ -705,7 +721,7 @@ class FELLRecRecommender(BaseRecommender):
                     examples,
                     prior=own_prior,
                     shares=own_shares,
-                    temperature=self.temperature,
+                    temperature=ranking.temperature,
                     corrected=not lift,
                     frozen_items=frozen,
                     dropout=generators,
@@ -728,55 +744,73 @@ class FELLRecRecommender(BaseRecommender):
             return float(self.learning_rate)
         return AUTO_LEARNING_RATE["compact" if self.backbone is None else self.backend]
 
-    def _popularity_weight(
+    def _temperature(
         self,
+        model: TextModel,
+        sampler: Sampler,
+        adapters: Adapters,
+        previous: Attributes | None,
+    ) -> float:
+        """Find the temperature at which the start tells next items best from others."""
+        if self.temperature != "auto":
+            return float(self.temperature)
+        if previous is not None:
+            # What the adapters have been trained for.
+            return float(previous["temperature_"])
+        if self.inference == "generate":
+            return 1.0  # nothing is divided by it
+        losses = torch.zeros(len(TEMPERATURE_GRID), dtype=torch.float64)
+        clients = list(range(len(sampler.platforms)))
+        for step in islice(sampler.steps(0, clients), TEMPERATURE_STEPS):
+            for examples, _ in step:
+                losses += model.temperature_losses(adapters, examples, TEMPERATURE_GRID).cpu()
+        if not losses.any():
+            return AUTO_TEMPERATURE  # nobody has two items to tell it from
+        return TEMPERATURE_GRID[int(losses.argmin())]
+
+    def _best_popularity(
+        self,
+        ranking: Ranking,
         model: TextModel,
         platforms: Platforms,
         held_out: HeldOut | None,
         adapters: Adapters,
         counts: Tensor,
-    ) -> float:
-        """Find the weight of popularity that ranks validation users best."""
-        if self.popularity_weight != "auto":
-            return float(self.popularity_weight)
-        if self.inference == "generate":
-            return 0.0  # what an untrained model writes says nothing of a trained one
+    ) -> Ranking:
+        """Give popularity the weight that ranks validation users best."""
+        if ranking.generated:
+            # What an untrained model writes says nothing of a trained one.
+            return replace(ranking, popularity_weight=0.0)
         if held_out is None:
-            return AUTO_POPULARITY
+            return ranking
+        candidates = [replace(ranking, popularity_weight=weight) for weight in POPULARITY_GRID]
         users = np.bincount(platforms.of_user[held_out.users], minlength=len(platforms))
-        values = self._validate(model, platforms, held_out, adapters, counts, POPULARITY_GRID)
+        values = self._validate(candidates, model, platforms, held_out, adapters, counts)
         found = np.nansum(users * values.cpu().numpy(), axis=1)
-        return POPULARITY_GRID[int(np.argmax(found))]
+        return candidates[int(np.argmax(found))]
 
     def _validate(
         self,
+        rankings: Sequence[Ranking],
         model: TextModel,
         platforms: Platforms,
         held_out: HeldOut,
         adapters: Adapters,
         counts: Tensor,
-        weights: Sequence[float],
     ) -> Tensor:
-        """NDCG@20 (W, C) of each platform's held-out users by weight of popularity.
+        """NDCG@20 (R, C) of each platform's held-out users, by how scores are made.
 
         NaN where a platform has none.
         """
-        found = torch.full((len(weights), len(platforms)), torch.nan, dtype=torch.float64)
+        found = torch.full((len(rankings), len(platforms)), torch.nan, dtype=torch.float64)
         tables: list[tuple[Adapters, Tensor]] = []
         for platform, which in by_platform(platforms.of_user[held_out.users]):
             users = held_out.users[which]
             own = select(adapters, [platform])
             windows = platforms.window(users, held_out.ends[users], self.max_history)
             queries, items = self._vectors(model, own, windows, tables)
-            for row, weight in enumerate(weights):
-                scores = score_vectors(
-                    queries,
-                    items,
-                    counts[platform],
-                    weight,
-                    self.temperature,
-                    generated=self.inference == "generate",
-                )
+            for row, ranking in enumerate(rankings):
+                scores = ranking.scores(queries, items, counts[platform])
                 values = held_out.ndcg(scores.cpu().numpy(), platforms, which)
                 found[row, platform] = float(values.mean())
         return found.to(model.device)
@@ -802,10 +836,10 @@ class FELLRecRecommender(BaseRecommender):
         model: TextModel,
         platforms: Platforms,
         adapters: Adapters,
-        weight: float,
+        ranking: Ranking,
     ) -> Attributes:
         """Encode users and items under the adapters that serve them."""
-        generate = self.inference == "generate"
+        generate = ranking.generated
         everybody = platforms.window(
             np.arange(platforms.n_users), platforms.lengths, self.max_history
         )
@@ -842,10 +876,10 @@ class FELLRecRecommender(BaseRecommender):
             "item_factors_": stacked[-1],
             "item_counts_": np.concatenate([counts, counts.sum(0)[None]]),
             "user_platforms_": platforms.of_user,
-            "popularity_weight_": weight,
-            "temperature_": self.temperature,
+            "popularity_weight_": ranking.popularity_weight,
+            "temperature_": ranking.temperature,
             "generated_titles_": tuple(written) if generate else (),
-            "generates_": generate,
+            "generates_": ranking.generated,
         }
         attributes["intercept_"] = find_intercept(attributes, platforms)
         return attributes
@@ -974,7 +1008,7 @@ class FELLRecRecommender(BaseRecommender):
                     previous=dict(vars(self)),
                 )
                 chosen = {name: value.to(model.device) for name, value in chosen.items()}
-                served = self._serve(model, platforms, chosen, self.popularity_weight_)
+                served = self._serve(model, platforms, chosen, Ranking.of(vars(self)))
             finally:
                 model.lora.restore()
         for name, value in served.items():

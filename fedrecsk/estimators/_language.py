@@ -44,24 +44,37 @@ def by_platform(platforms: IntArray) -> Iterator[tuple[int, IntArray]]:
         yield platform, np.flatnonzero(platforms == platform)
 
 
-def prior_scores(counts: Tensor, weight: float) -> Tensor:
-    """Give what popularity adds to the scores of items, from counts (..., n_items)."""
-    return weight * torch.log1p(counts)
+@dataclass(frozen=True)
+class Ranking:
+    """How vectors and counts become scores.
 
+    Attributes
+    ----------
+    temperature : float
+        By which cosines are divided.
+    popularity_weight : float
+    generated : bool
+        Whether histories stand for titles that were written: then distances rank.
+    """
 
-def score_vectors(
-    queries: Tensor,
-    items: Tensor,
-    counts: Tensor,
-    weight: float,
-    temperature: float,
-    *,
-    generated: bool,
-) -> Tensor:
-    """Scores (n, n_items) of vectors of histories, or of titles that were written."""
-    if generated:
-        return inject_popularity(-ground(queries, items), counts, weight)
-    return queries @ items.T / temperature + prior_scores(counts, weight)
+    temperature: float
+    popularity_weight: float
+    generated: bool
+
+    @classmethod
+    def of(cls, fitted: Mapping[str, Any]) -> Ranking:
+        """Read fitted attributes."""
+        return cls(fitted["temperature_"], fitted["popularity_weight_"], fitted["generates_"])
+
+    def prior(self, counts: Tensor) -> Tensor:
+        """Give what popularity adds to the scores of items, from counts (..., n_items)."""
+        return self.popularity_weight * torch.log1p(counts)
+
+    def scores(self, queries: Tensor, items: Tensor, counts: Tensor) -> Tensor:
+        """Scores (n, n_items) of vectors of histories, or of titles that were written."""
+        if self.generated:
+            return inject_popularity(-ground(queries, items), counts, self.popularity_weight)
+        return queries @ items.T / self.temperature + self.prior(counts)
 
 
 def items_under(model: TextModel, own: Adapters, tables: list[tuple[Adapters, Tensor]]) -> Tensor:
@@ -84,6 +97,7 @@ def as_tensor(array: NDArray[Any]) -> Tensor:
 
 def score_users(fitted: Mapping[str, Any], users: IntArray) -> NDArray[np.float32]:
     """Scores (n, n_items) for user codes (n,), -1 for the crowd, from fitted attributes."""
+    ranking = Ranking.of(fitted)
     crowd = len(fitted["item_counts_"]) - 1
     platforms = np.where(users >= 0, fitted["user_platforms_"][users], crowd)
     scores = np.empty((len(users), len(fitted["item_factors_"])), dtype=np.float32)
@@ -91,14 +105,11 @@ def score_users(fitted: Mapping[str, Any], users: IntArray) -> NDArray[np.float3
         rows = fitted["user_factors_"][users[which]]
         if platform == crowd:
             rows = np.repeat(fitted["crowd_factors_"][None], len(which), axis=0)
-        table = 0 if fitted["generates_"] else platform
-        scores[which] = score_vectors(
+        table = 0 if ranking.generated else platform
+        scores[which] = ranking.scores(
             torch.from_numpy(rows),
             as_tensor(fitted["item_vectors_"][table]),
             as_tensor(fitted["item_counts_"][platform]).float(),
-            fitted["popularity_weight_"],
-            fitted["temperature_"],
-            generated=fitted["generates_"],
         ).numpy()
     return scores
 

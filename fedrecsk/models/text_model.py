@@ -167,17 +167,10 @@ class TextModel:
         targets = torch.from_numpy(examples.targets).to(self.device)
         present = torch.from_numpy(examples.present).to(self.device)
         with self.lora.using(own, dropout=dropout):
-            queries = self.vectors(*self._tensors(self.histories, examples.histories))
-            queries = queries.view(n_clients, size, -1)
+            queries = self._queries(examples)
             if frozen_items is None:
-                # Negatives first: a client's rows, by which its dropout goes, are then the same
-                # however many targets the others have.
-                codes = np.concatenate([examples.negatives, examples.targets], axis=1)
-                items = self.vectors(*self._tensors(self.items, codes.reshape(-1, 1)))
-                items = items.view(*codes.shape, -1).roll(size, dims=1)
-                codes = np.roll(codes, size, axis=1)
+                items, candidates = self._candidates(examples)
         if frozen_items is None:
-            candidates = torch.from_numpy(codes).to(self.device)
             expected = torch.ones_like(candidates, dtype=torch.float32)
             if corrected:
                 # By the client's own number of targets, whatever the others in the step have.
@@ -201,6 +194,58 @@ class TextModel:
             )
             losses = torch.where(present, each.view(n_clients, size), 0.0).sum(1)
         return losses.new_zeros(len(shares)).index_add(0, chosen, losses)
+
+    @torch.no_grad()
+    def temperature_losses(
+        self, adapters: Adapters, examples: Examples, temperatures: Sequence[float]
+    ) -> Tensor:
+        """Sum of the uncorrected ranking losses of all clients' examples at each temperature.
+
+        Parameters
+        ----------
+        adapters : dict of Tensor of shape (C, ...)
+        examples : Examples
+        temperatures : sequence of T floats
+
+        Returns
+        -------
+        Tensor of shape (T,)
+        """
+        with self.lora.using(select(adapters, torch.tensor(examples.clients, device=self.device))):
+            queries = self._queries(examples)
+            items, candidates = self._candidates(examples)
+        nothing = torch.zeros_like(candidates, dtype=torch.float32)
+        targets = torch.from_numpy(examples.targets).to(self.device)
+        present = torch.from_numpy(examples.present).to(self.device)
+        losses = [
+            ranking_loss(
+                queries,
+                items,
+                targets,
+                candidates,
+                prior=nothing,
+                expected=nothing + 1.0,
+                present=present,
+                temperature=temperature,
+            ).sum()
+            for temperature in temperatures
+        ]
+        return torch.stack(losses)
+
+    def _queries(self, examples: Examples) -> Tensor:
+        """Vectors (K, B, width) of the examples' histories, with the adapters in force."""
+        vectors = self.vectors(*self._tensors(self.histories, examples.histories))
+        return vectors.view(*examples.targets.shape, -1)
+
+    def _candidates(self, examples: Examples) -> tuple[Tensor, Tensor]:
+        """Vectors (K, B + N, width) and codes (K, B + N) of the targets and the negatives."""
+        # Negatives are read first: a client's rows, by which its dropout goes, are then the same
+        # however many targets the others have.
+        codes = np.concatenate([examples.negatives, examples.targets], axis=1)
+        vectors = self.vectors(*self._tensors(self.items, codes.reshape(-1, 1)))
+        size = examples.targets.shape[1]
+        vectors = vectors.view(*codes.shape, -1).roll(size, dims=1)
+        return vectors, torch.from_numpy(np.roll(codes, size, axis=1)).to(self.device)
 
     def writing_losses(
         self,

@@ -51,6 +51,7 @@ def make(tiny_backbones):
             "target_modules": "all-linear",
             "learning_rate": 0.01,
             "popularity_weight": 0.0,
+            "temperature": 0.05,
             "early_stopping": False,
             "random_state": 0,
             "device": "cpu",
@@ -212,6 +213,37 @@ def test_one_platform_is_centralised_training(make, assert_same_fit):
             np.testing.assert_allclose(model.adapters_[name], value, atol=1e-6)
     assert models[2].history_[0]["bytes_up"] == 0
     assert models[0].history_[-1]["loss"] < models[0].history_[0]["loss"]
+
+
+def test_the_temperature_suits_the_start(make):
+    """A sharper or a blunter one makes more of what the untrained model confuses."""
+    model = make(temperature="auto", n_rounds=1, learning_rate=1e-12).fit(X, CLIENTS)
+    found = model.temperature_
+    losses = {
+        factor: make(
+            temperature=factor * found,
+            n_rounds=1,
+            learning_rate=1e-12,
+            lora_dropout=0.0,
+            local_epochs=4,
+        )
+        .fit(X, CLIENTS)
+        .history_[0]["loss"]
+        for factor in (0.5, 1.0, 2.0)
+    }
+    assert losses[1.0] < min(losses[0.5], losses[2.0])
+
+
+def test_who_goes_on_keeps_the_temperature(make):
+    model = make(temperature="auto", n_rounds=1, warm_start=True).fit(X, CLIENTS)
+    found = model.temperature_
+    model.set_params(learning_rate=0.1).partial_fit(X, CLIENTS)
+    assert model.temperature_ == found
+    assert model.set_params(temperature=0.3).fit(X, CLIENTS).temperature_ == 0.3
+    # Nobody has two items: nothing says which temperature suits.
+    _, first = np.unique(X[:, 0], return_index=True)
+    with pytest.warns(UserWarning, match="two interactions"):
+        assert make(temperature="auto").fit(X[first], CLIENTS[first]).temperature_ == 0.05
 
 
 # ---------------------------------------------------------------- aggregation

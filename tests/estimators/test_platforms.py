@@ -9,6 +9,7 @@ from fedrecsk.data.prompts import catalogue
 from fedrecsk.datasets import make_interactions
 from fedrecsk.engine.streams import Streams
 from fedrecsk.estimators._language import (
+    Ranking,
     Saved,
     about,
     adapters_before,
@@ -16,7 +17,6 @@ from fedrecsk.estimators._language import (
     find_intercept,
     items_under,
     mean_of_best,
-    score_vectors,
 )
 from fedrecsk.estimators._platforms import (
     AUTO_PLATFORMS,
@@ -500,16 +500,15 @@ def test_the_intercept_makes_probabilities_those_of_the_data(generates):
     }
     intercept = find_intercept(attributes, platforms)
     scores = [
-        score_vectors(
+        Ranking(temperature=0.5, popularity_weight=0.5, generated=generates)
+        .scores(
             torch.from_numpy(attributes["user_factors_"][[user]]),
             torch.from_numpy(
                 attributes["item_vectors_"][0 if generates else platforms.of_user[user]]
             ),
             torch.from_numpy(counts[platforms.of_user[user]]).float(),
-            0.5,
-            0.5,
-            generated=generates,
-        ).numpy()
+        )
+        .numpy()
         for user in range(50)
     ]
     probability = 1 / (1 + np.exp(-(np.concatenate(scores).astype(float) + intercept)))
