@@ -46,6 +46,9 @@ KEPT_WORDS = 0.6
 # Long texts are padding for the others in a batch; the first words of a part tell it apart.
 MOST_WORDS = 16
 PASSES = 5
+# Texts of a batch whose next words the causal model predicts; a softmax over all words costs
+# more than the rest of the step.
+READ_ON = 64
 MIN_STEPS, MAX_STEPS = 60, 200
 
 Backend = Literal["causal", "encoder"]
@@ -265,7 +268,7 @@ def _train(model: Any, rows: TokenRows, tokenizer: Any, backend: Backend, stream
         )
         loss = functional.cross_entropy(one @ other.T / TEMPERATURE, labels)
         if backend == "causal":
-            whole = [[start, *row[:MOST_WORDS].tolist(), end] for row in chosen]
+            whole = [[start, *row[:MOST_WORDS].tolist(), end] for row in chosen[:READ_ON]]
             loss = loss + _next_word_loss(model, whole, pad)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -284,6 +287,7 @@ def _vectors(model: Any, texts: list[list[int]], pad: int, backend: Backend) -> 
 def _next_word_loss(model: Any, texts: list[list[int]], pad: int) -> Tensor:
     """Mean cross-entropy of the next token over the tokens of texts."""
     tokens, mask = pad_rows(texts, pad)
-    logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1]
-    labels = tokens[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    hidden = model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state
+    followed = mask[:, 1:].bool()  # padding is on the right
+    logits = model.get_output_embeddings()(hidden[:, :-1][followed])
+    return functional.cross_entropy(logits, tokens[:, 1:][followed])
