@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -35,6 +35,31 @@ class EarlyStopping(Generic[State]):
     tol: float
 
 
+@dataclass(frozen=True, eq=False)
+class Progress(Generic[State]):
+    """Where a fit stands after a round: all that it needs to go on.
+
+    Attributes
+    ----------
+    state
+        After the round.
+    best_state
+        The state that validated best; without early stopping, `state`.
+    best_value : float
+        How well; -inf where nothing was validated.
+    waited : int
+        Rounds since the last improvement that counts.
+    history : list of dict
+        Records of the rounds of this fit.
+    """
+
+    state: State
+    best_state: State
+    best_value: float
+    waited: int
+    history: list[Record]
+
+
 @dataclass(frozen=True)
 class RoundsResult(Generic[State]):
     """What the rounds leave behind.
@@ -57,8 +82,10 @@ def run_rounds(
     *,
     n_rounds: int,
     first_round: int = 0,
-    past: Sequence[Record] = (),
+    past: Progress[State] | None = None,
     early_stopping: EarlyStopping[State] | None = None,
+    save: Callable[[Progress[State]], None] | None = None,
+    save_every: int = 1,
     on_round_begin: Callable[[], None] | None = None,
     on_round_end: Callable[[State, Record], bool] | None = None,
 ) -> RoundsResult[State]:
@@ -75,10 +102,14 @@ def run_rounds(
         At most this many rounds.
     first_round : int, default=0
         Number of the first one; above zero where a fit goes on.
-    past : sequence of dict, default=()
-        Records of rounds of this fit that were run before it was interrupted; `state` is the one
-        after them. They count among `n_rounds` and are in the history.
+    past : Progress, optional
+        Where this fit was interrupted: it goes on from there and not from `state`. The rounds
+        before count among `n_rounds` and are in the history.
     early_stopping : EarlyStopping, optional
+    save : callable, optional
+        ``save(progress)``, called before `on_round_end`, in which a caller may end everything.
+    save_every : int, default=1
+        Rounds between two calls of `save`; the last round is always saved.
     on_round_begin : callable, optional
         Called before each round.
     on_round_end : callable, optional
@@ -100,16 +131,13 @@ def run_rounds(
     >>> result.state, [record["round"] for record in result.history]
     (3, [1, 2, 3])
     """
-    history: list[Record] = list(past)
+    past = past or Progress(state, state, -math.inf, 0, [])
+    state, best_state = past.state, past.best_state
+    best_value, waited = past.best_value, past.waited
+    history = list(past.history)
     bound = _largest_loss(history[0]) if history else math.inf
-    best_state, best_value, waited = state, -math.inf, 0
-    if early_stopping is not None:
-        for done in history:
-            value = done["validation_ndcg"]
-            waited = 0 if value > best_value + early_stopping.tol else waited + 1
-            best_value = max(best_value, value)
-        if history and waited >= early_stopping.n_iter_no_change:
-            return RoundsResult(state=state, history=history)
+    if early_stopping is not None and waited >= early_stopping.n_iter_no_change:
+        return RoundsResult(state=best_state, history=history)
     for t in range(first_round + len(history), first_round + n_rounds):
         if on_round_begin is not None:
             on_round_begin()
@@ -124,7 +152,9 @@ def run_rounds(
                 "Lower learning_rate or server_learning_rate, or raise l2."
             )
         stop = False
-        if early_stopping is not None:
+        if early_stopping is None:
+            best_state = state
+        else:
             value = early_stopping.evaluate(state)
             record["validation_ndcg"] = value
             waited = 0 if value > best_value + early_stopping.tol else waited + 1
@@ -132,12 +162,19 @@ def run_rounds(
                 best_state, best_value = state, value
             stop = waited >= early_stopping.n_iter_no_change
         history.append(record)
+        progress = Progress(state, best_state, best_value, waited, list(history))
+        last = stop or len(history) == n_rounds
+        due = save is not None and (last or len(history) % save_every == 0)
+        if save is not None and due:
+            save(progress)
         if on_round_end is not None:
             # Called in every case: a callback sees the last round as well.
             stop = on_round_end(state, record) or stop
         if stop:
+            if save is not None and not due:
+                save(progress)
             break
-    return RoundsResult(state=best_state if early_stopping is not None else state, history=history)
+    return RoundsResult(state=best_state, history=history)
 
 
 def _largest_loss(first: Record) -> float:

@@ -11,6 +11,7 @@ import warnings
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import numpy as np
@@ -21,7 +22,8 @@ from sklearn.utils.validation import check_is_fitted
 
 from fedrecsk.data.interactions import Columns, Interactions, encode, merge, read_columns
 from fedrecsk.data.vocabulary import Vocabulary
-from fedrecsk.engine.rounds import Record
+from fedrecsk.engine.checkpoints import Checkpoints
+from fedrecsk.engine.rounds import Progress, Record
 from fedrecsk.engine.shards import concatenate_ranges
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
 from fedrecsk.exceptions import NothingHeldOutError, NothingHeldOutWarning, UnknownIdWarning
@@ -54,12 +56,19 @@ SHARED_CONSTRAINTS: Constraints = {
     "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
     "tol": [Interval(Real, 0, None, closed="left")],
     "warm_start": ["boolean"],
+    "checkpoint": [str, Path, None],
+    "checkpoint_every": [Interval(Integral, 1, None, closed="left")],
     "device": [str],
     "random_state": ["random_state"],
     "verbose": ["verbose"],
 }
 
 
+# Parameters that decide nothing in a round: a fit may go on from a checkpoint with other ones.
+# `warm_start` is seen in what a fit goes on from.
+NOT_OF_A_ROUND = {"checkpoint", "checkpoint_every", "device", "n_rounds", "verbose", "warm_start"}
+
+State = TypeVar("State")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -136,6 +145,11 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
         """Turn scores into probabilities of interaction, keeping their order."""
         return scores
 
+    def _settings(self) -> Attributes:
+        """Parameters that decide the result of a round, by which a checkpoint is told."""
+        parameters: Attributes = self.get_params(deep=False)
+        return {name: parameters[name] for name in parameters.keys() - NOT_OF_A_ROUND}
+
     # ------------------------------------------------------------------ fitting
 
     @_client_ids_by_name
@@ -205,6 +219,7 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
     def _run(self, data: Interactions, columns: Columns, *, go_on: bool, X: Any, y: Any) -> Self:
         """Simulate with callbacks around it, then assign all fitted attributes at once."""
         n_rounds = int(getattr(self, "n_rounds", 1))
+        checkpoints = self._checkpoints(data, go_on=go_on)
         context = self._init_callback_context(max_subtasks=n_rounds)
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         base: Attributes = {
@@ -217,7 +232,7 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
         if columns.feature_names is not None:
             base["feature_names_in_"] = np.array(columns.feature_names, dtype=object)
         old_history = list(self.history_) if go_on else []
-        watch = RoundWatch(self, context, base, n_rounds, old_history, X=X, y=y)
+        watch = RoundWatch(self, context, base, n_rounds, old_history, checkpoints, X=X, y=y)
         attributes = base | self._simulate(data, watch, go_on=go_on)
         attributes["history_"] = old_history + attributes["history_"]
         attributes["n_rounds_"] = len(attributes["history_"])
@@ -230,6 +245,31 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
             estimator=self, X=X, y=y, reconstruction_attributes=lambda: attributes
         )
         return self
+
+    def _checkpoints(self, data: Interactions, *, go_on: bool) -> Checkpoints | None:
+        """Open the folder of checkpoints, if there shall be one."""
+        folder = getattr(self, "checkpoint", None)
+        if folder is None:
+            return None
+        if not isinstance(self.random_state, int | np.integer):
+            raise ValueError(
+                f"checkpoint needs an int as random_state, got {self.random_state!r}: without one "
+                "a fit cannot go on to the same result."
+            )
+        parts: dict[str, object] = {
+            "users": data.users.ids,
+            "items": data.items.ids,
+            "clients": [data.clients.ids, data.user_client],
+            "interactions": [data.user, data.item, data.rating, data.timestamp],
+        }
+        if go_on:
+            parts["fitted attributes to go on from"] = {
+                name: value
+                for name, value in vars(self).items()
+                if name.endswith("_") and not name.startswith("_") and name != "history_"
+            }
+        settings = {"estimator": type(self).__name__, **self._settings()}
+        return Checkpoints(folder, settings, parts, every=self.checkpoint_every)
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "item_ids_")
@@ -441,7 +481,7 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
 
 
 class RoundWatch:
-    """Tells callbacks and the terminal about every round.
+    """Tells callbacks, the terminal and the folder of checkpoints about every round.
 
     Parameters
     ----------
@@ -453,6 +493,7 @@ class RoundWatch:
     n_rounds : int
     old_history : list of dict
         Rounds of earlier fits that this one goes on from.
+    checkpoints : Checkpoints or None
     X, y
         What the caller passed, for callbacks.
     """
@@ -464,6 +505,7 @@ class RoundWatch:
         base: Attributes,
         n_rounds: int,
         old_history: list[Record],
+        checkpoints: Checkpoints | None,
         *,
         X: Any,
         y: Any,
@@ -473,10 +515,37 @@ class RoundWatch:
         self._base = base
         self._n_rounds = n_rounds
         self._old_history = old_history
+        self._checkpoints = checkpoints
         self._X = X
         self._y = y
         self._round: Any = None
         self._history: list[Record] = []
+
+    def identify(self, part: str, value: object) -> None:
+        """Count what the estimator has read besides interactions among the data of the fit."""
+        if self._checkpoints is not None:
+            self._checkpoints.identify(part, value)
+
+    def load(self, start: State) -> Progress[State] | None:
+        """Read where an interrupted fit stands, if there is a checkpoint; rounds count on."""
+        if self._checkpoints is None:
+            return None
+        progress = self._checkpoints.load(start, self._n_rounds)
+        self._history = [] if progress is None else list(progress.history)
+        for _ in self._history:
+            # Callbacks hear nothing of these rounds, but the numbers of tasks are theirs.
+            self._context.subcontext(task_name="round")
+        return progress
+
+    @property
+    def save(self) -> Callable[[Progress[Any]], None] | None:
+        """What writes a checkpoint, if there shall be one."""
+        return None if self._checkpoints is None else self._checkpoints.save
+
+    @property
+    def save_every(self) -> int:
+        """Rounds between two checkpoints."""
+        return 1 if self._checkpoints is None else self._checkpoints.every
 
     def begin(self) -> None:
         """Open a round's task."""

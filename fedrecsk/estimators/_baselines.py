@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -65,6 +66,8 @@ class FedAvgRecommender(BaseRecommender):
     n_iter_no_change : int, default=10
     tol : float, default=1e-4
     warm_start : bool, default=False
+    checkpoint : str, Path or None, default=None
+    checkpoint_every : int, default=1
     device : str, default="auto"
     random_state : int, RandomState or None, default=None
     verbose : int, default=0
@@ -130,6 +133,8 @@ class FedAvgRecommender(BaseRecommender):
         n_iter_no_change: int = 10,
         tol: float = 1e-4,
         warm_start: bool = False,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 1,
         device: str = "auto",
         random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
@@ -162,6 +167,8 @@ class FedAvgRecommender(BaseRecommender):
         self.n_iter_no_change = n_iter_no_change
         self.tol = tol
         self.warm_start = warm_start
+        self.checkpoint = checkpoint
+        self.checkpoint_every = checkpoint_every
         self.device = device
         self.random_state = random_state
         self.verbose = verbose

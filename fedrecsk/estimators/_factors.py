@@ -294,7 +294,8 @@ def run_factors(
     dict
         The attributes of the final state, and ``history_``.
     """
-    round_now = first_round
+    past = watch.load(start)
+    round_now = first_round + (len(past.history) if past else 0)
 
     def round_begins() -> None:
         nonlocal round_now
@@ -310,7 +311,10 @@ def run_factors(
             start,
             n_rounds=n_rounds,
             first_round=first_round,
+            past=past,
             early_stopping=early_stopping,
+            save=watch.save,
+            save_every=watch.save_every,
             on_round_begin=round_begins,
             on_round_end=round_ended,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -71,6 +72,8 @@ class FedFastRecommender(BaseRecommender):
     n_iter_no_change : int, default=10
     tol : float, default=1e-4
     warm_start : bool, default=False
+    checkpoint : str, Path or None, default=None
+    checkpoint_every : int, default=1
     device : str, default="auto"
     random_state : int, RandomState or None, default=None
     verbose : int, default=0
@@ -134,6 +137,8 @@ class FedFastRecommender(BaseRecommender):
         n_iter_no_change: int = 10,
         tol: float = 1e-4,
         warm_start: bool = False,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 1,
         device: str = "auto",
         random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
@@ -163,6 +168,8 @@ class FedFastRecommender(BaseRecommender):
         self.n_iter_no_change = n_iter_no_change
         self.tol = tol
         self.warm_start = warm_start
+        self.checkpoint = checkpoint
+        self.checkpoint_every = checkpoint_every
         self.device = device
         self.random_state = random_state
         self.verbose = verbose

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral, Real
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -206,6 +207,12 @@ class FedFNNRecommender(BaseRecommender):
         Smallest improvement that counts.
     warm_start : bool, default=False
         Let `fit` start from the factors of the last one.
+    checkpoint : str, Path or None, default=None
+        Folder to write checkpoints into. A fit that was interrupted goes on from the last one if
+        it is called again with the same data and parameters, and ends with the same result;
+        `n_rounds` may differ. Needs an int as `random_state`, and a folder for each fit.
+    checkpoint_every : int, default=1
+        Rounds between two checkpoints; the last round is always written.
     device : str, default="auto"
         ``"auto"`` takes a GPU where there is one.
     random_state : int, RandomState or None, default=None
@@ -328,6 +335,8 @@ class FedFNNRecommender(BaseRecommender):
         n_iter_no_change: int = 10,
         tol: float = 1e-4,
         warm_start: bool = False,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 1,
         device: str = "auto",
         random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
@@ -371,6 +380,8 @@ class FedFNNRecommender(BaseRecommender):
         self.n_iter_no_change = n_iter_no_change
         self.tol = tol
         self.warm_start = warm_start
+        self.checkpoint = checkpoint
+        self.checkpoint_every = checkpoint_every
         self.device = device
         self.random_state = random_state
         self.verbose = verbose

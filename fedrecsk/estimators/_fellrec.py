@@ -20,7 +20,6 @@ from torch import Tensor
 from fedrecsk.data.interactions import Interactions
 from fedrecsk.data.prompts import Catalogue, catalogue
 from fedrecsk.data.vocabulary import Vocabulary
-from fedrecsk.engine.checkpoints import fingerprint
 from fedrecsk.engine.device import resolve_device, torch_threads
 from fedrecsk.engine.rounds import EarlyStopping, Record, run_rounds
 from fedrecsk.engine.shards import CPU_CHUNK_ROWS
@@ -34,7 +33,6 @@ from fedrecsk.estimators._base import (
 )
 from fedrecsk.estimators._language import (
     Ranking,
-    Saved,
     about,
     adapters_before,
     as_tensor,
@@ -210,8 +208,11 @@ class FELLRecRecommender(BaseRecommender):
     warm_start : bool, default=False
         Let `fit` start from the adapters of the last one.
     checkpoint : str, Path or None, default=None
-        Folder that is written after every round. A fit with the same data and parameters goes on
-        from it to the same result; ``n_rounds`` may differ. Needs an int as random state.
+        Folder to write checkpoints into. A fit that was interrupted goes on from the last one if
+        it is called again with the same data and parameters, and ends with the same result;
+        `n_rounds` may differ. Needs an int as `random_state`, and a folder for each fit.
+    checkpoint_every : int, default=1
+        Rounds between two checkpoints; the last round is always written.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
         Of the backbone; adapters are float32.
     quantization : {"8bit", "4bit"} or None, default=None
@@ -335,7 +336,6 @@ class FELLRecRecommender(BaseRecommender):
         "temperature": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
         "popularity_weight": [Interval(Real, 0, None, closed="left"), StrOptions({"auto"})],
         "num_beams": [Interval(Integral, 1, None, closed="left")],
-        "checkpoint": [str, Path, None],
         "dtype": [StrOptions({"auto", "float32", "bfloat16", "float16"})],
         "quantization": [StrOptions({"8bit", "4bit"}), None],
     }
@@ -392,6 +392,7 @@ class FELLRecRecommender(BaseRecommender):
         tol: float = 1e-4,
         warm_start: bool = False,
         checkpoint: str | Path | None = None,
+        checkpoint_every: int = 1,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         quantization: Literal["8bit", "4bit"] | None = None,
         device: str = "auto",
@@ -447,6 +448,7 @@ class FELLRecRecommender(BaseRecommender):
         self.tol = tol
         self.warm_start = warm_start
         self.checkpoint = checkpoint
+        self.checkpoint_every = checkpoint_every
         self.dtype = dtype
         self.quantization = quantization
         self.device = device
@@ -495,6 +497,10 @@ class FELLRecRecommender(BaseRecommender):
             "client_layers_": layers,
             "history_": history,
         }
+
+    def _settings(self) -> Attributes:
+        # The texts are data, whatever form they come in.
+        return {n: value for n, value in super()._settings().items() if n != "item_text"}
 
     # ------------------------------------------------------------------ the model
 
@@ -646,13 +652,9 @@ class FELLRecRecommender(BaseRecommender):
                 n_iter_no_change=self.n_iter_no_change,
                 tol=self.tol,
             )
-        saved = self._saved(data, items, platforms, previous)
-        state, past = saved.load(state)
-        records = list(past)
+        watch.identify("item texts", [items.items.ids, items.texts, items.titles])
 
         def round_ended(state: FELLRecState, record: Record) -> bool:
-            records.append(record)
-            saved.write(state, records)
             return watch.end(
                 record,
                 lambda: {
@@ -666,8 +668,10 @@ class FELLRecRecommender(BaseRecommender):
             state,
             n_rounds=self.n_rounds,
             first_round=0 if previous is None else int(previous["n_rounds_"]),
-            past=past,
+            past=watch.load(state),
             early_stopping=stopping,
+            save=watch.save,
+            save_every=watch.save_every,
             on_round_begin=watch.begin,
             on_round_end=round_ended,
         )
@@ -1014,43 +1018,3 @@ class FELLRecRecommender(BaseRecommender):
         for name, value in served.items():
             setattr(self, name, value)
         return self
-
-    # ---------------------------------------------------------------- checkpoints
-
-    def _saved(
-        self,
-        data: Interactions,
-        items: Catalogue,
-        platforms: Platforms,
-        previous: Attributes | None,
-    ) -> Saved:
-        """Say where this fit is kept, and by what it is told from others."""
-        if self.checkpoint is None:
-            return Saved(None, "")
-        if not isinstance(self.random_state, int | np.integer):
-            raise ValueError(
-                f"checkpoint needs an int as random_state, got {self.random_state!r}: without one "
-                "a fit cannot go on to the same result."
-            )
-        left_out = {"checkpoint", "item_text", "n_rounds", "verbose", "device", "warm_start"}
-        settings = {
-            name: repr(value)
-            for name, value in self.get_params(deep=False).items()
-            if name not in left_out
-        }
-        if callable(self.backbone):
-            settings["backbone"] = getattr(self.backbone, "__qualname__", "")
-        mark = fingerprint(
-            settings,
-            {
-                "users": data.users.ids,
-                "items": items.items.ids,
-                "texts": np.array(items.texts),
-                "of_user": platforms.of_user,
-                "indptr": platforms.indptr,
-                "histories": platforms.items,
-                # Of a fit that goes on: where it starts is part of what it is.
-                **({} if previous is None else previous["adapters_"]),
-            },
-        )
-        return Saved(Path(self.checkpoint), mark)

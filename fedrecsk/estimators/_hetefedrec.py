@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -170,6 +171,13 @@ default=None
     tol : float, default=1e-4
     warm_start : bool, default=False
         Whether `fit` goes on from the previous fit.
+    checkpoint : str, Path or None, default=None
+        Folder to write checkpoints into. A fit that was interrupted goes on from the last one if
+        it is called again with the same data and parameters, and ends with the same result;
+        `n_rounds` may differ, but not of ``aggregation="standalone"``. Needs an int as
+        `random_state`, and a folder for each fit.
+    checkpoint_every : int, default=1
+        Rounds between two checkpoints; the last round is always written.
     device : str, default="auto"
         ``"cpu"``, ``"cuda"``, or the best there is.
     random_state : int, RandomState or None, default=None
@@ -317,6 +325,8 @@ default=None
         n_iter_no_change: int = 10,
         tol: float = 1e-4,
         warm_start: bool = False,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 1,
         device: str = "auto",
         random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
@@ -361,6 +371,8 @@ default=None
         self.n_iter_no_change = n_iter_no_change
         self.tol = tol
         self.warm_start = warm_start
+        self.checkpoint = checkpoint
+        self.checkpoint_every = checkpoint_every
         self.device = device
         self.random_state = random_state
         self.verbose = verbose
@@ -494,6 +506,12 @@ default=None
                 n_iter_no_change=self.n_iter_no_change,
                 tol=self.tol,
             )
+
+    def _settings(self) -> Attributes:
+        settings = super()._settings()
+        if self.aggregation == "standalone":  # one round, as long as all others together
+            settings["n_rounds"] = self.n_rounds
+        return settings
 
     def _groups(
         self, previous: Attributes | None

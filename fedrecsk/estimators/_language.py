@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,9 @@ from torch import Tensor
 from fedrecsk.data.interactions import Interactions
 from fedrecsk.data.prompts import Catalogue
 from fedrecsk.data.vocabulary import Vocabulary
-from fedrecsk.engine.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from fedrecsk.engine.rounds import Record
 from fedrecsk.engine.streams import Streams
 from fedrecsk.estimators._base import Attributes
 from fedrecsk.estimators._platforms import Platforms
-from fedrecsk.methods.dynamic_balance import Uploads
 from fedrecsk.methods.fellrec import FELLRecState
 from fedrecsk.models.backbone import Backbone
 from fedrecsk.models.generation import ground, inject_popularity
@@ -244,84 +240,3 @@ def safe_layers(backbone: Backbone, items: Catalogue, max_risk: float, streams: 
             f"{max_risk}. Raise max_risk, or leave all layers to the clients with "
             f"client_layers=None. {error}"
         ) from error
-
-
-@dataclass(frozen=True, eq=False)
-class Saved:
-    """A fit on disk.
-
-    Attributes
-    ----------
-    folder : Path or None
-        None: nothing is saved.
-    mark : str
-        Of the fit, see `fedrecsk.engine.checkpoints.fingerprint`.
-    """
-
-    folder: Path | None
-    mark: str
-
-    def write(self, state: FELLRecState, history: Sequence[Record]) -> None:
-        """Save the state after a round."""
-        if self.folder is None:
-            return
-        save_checkpoint(self.folder, Checkpoint(_tensors(state), list(history)), self.mark)
-
-    def load(self, start: FELLRecState) -> tuple[FELLRecState, list[Record]]:
-        """Give the saved state and the rounds before it, or the start and none."""
-        found = None if self.folder is None else load_checkpoint(self.folder, self.mark)
-        if found is None:
-            return start, []
-        wanted = {name: value.shape for name, value in _tensors(start).items()}
-        if {name: value.shape for name, value in found.tensors.items()} != wanted:
-            raise ValueError(
-                f"The checkpoint in {self.folder} is of other adapters than these; the files of "
-                "the backbone may have changed. Remove the folder to start anew."
-            )
-        parts: dict[str, dict[str, Any]] = {
-            part: {
-                name: found.tensors[f"{part}/{name}"].to(value) for name, value in adapters.items()
-            }
-            for part, adapters in _parts(start).items()
-        }
-        device = start.best_value.device
-        uploads = Uploads(
-            adapters=parts["uploads"],
-            starts=parts["starts"],
-            losses=found.tensors["uploads.losses"].to(device),
-            moments=found.tensors["uploads.moments"].to(device),
-        )
-        state = replace(
-            start,
-            adapters=parts["adapters"],
-            shared=parts["shared"],
-            best=parts["best"],
-            uploads=uploads,
-            best_value=found.tensors["best_value"].to(device),
-        )
-        return state, found.history
-
-
-def _tensors(state: FELLRecState) -> dict[str, Tensor]:
-    """All tensors of a state by the names that they are saved under."""
-    return {
-        **{
-            f"{part}/{name}": value
-            for part, adapters in _parts(state).items()
-            for name, value in adapters.items()
-        },
-        "uploads.losses": state.uploads.losses,
-        "uploads.moments": state.uploads.moments,
-        "best_value": state.best_value,
-    }
-
-
-def _parts(state: FELLRecState) -> dict[str, Adapters]:
-    """All adapters in a state, by what they are."""
-    return {
-        "adapters": state.adapters,
-        "shared": state.shared,
-        "best": state.best,
-        "uploads": state.uploads.adapters,
-        "starts": state.uploads.starts,
-    }

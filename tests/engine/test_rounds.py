@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from fedrecsk.engine.rounds import EarlyStopping, run_rounds
+from fedrecsk.engine.rounds import EarlyStopping, Progress, run_rounds
 
 
 def count_up(state, t):
@@ -123,18 +123,10 @@ def test_divergence_names_the_round_and_the_way_out(loss):
 
 def interrupted(n_done, **kwargs):
     """Run all rounds, and again from where an interruption after `n_done` rounds left them."""
-    whole = run_rounds(count_up, 0, n_rounds=6, **kwargs)
-    states = []
-    run_rounds(
-        count_up,
-        0,
-        n_rounds=6,
-        on_round_end=lambda state, record: bool(states.append(state)),
-        **kwargs,
-    )
-    past = whole.history[:n_done]
-    state = states[len(past) - 1] if past else 0
-    return whole, run_rounds(count_up, state, n_rounds=6, past=past, **kwargs)
+    saved = []
+    whole = run_rounds(count_up, 0, n_rounds=6, save=saved.append, **kwargs)
+    past = saved[min(n_done, len(saved)) - 1] if n_done else None
+    return whole, run_rounds(count_up, 0, n_rounds=6, past=past, **kwargs)
 
 
 def without_seconds(history):
@@ -157,25 +149,70 @@ def test_rounds_go_on_after_an_interruption(n_done):
     [
         [0.1, 0.2, 0.3, 0.4, 0.5, 0.6],  # improves to the end
         [0.1, 0.2, 0.3, 0.3, 0.3, 0.9],  # as a mean of best values does: never falls
+        [0.1, 0.4, 0.3, 0.45, 0.2, 0.1],  # the best is neither the first nor the last
     ],
 )
 def test_early_stopping_goes_on_after_an_interruption(n_done, values):
     whole, again = interrupted(n_done, early_stopping=stopping(values, tol=0.01))
     assert without_seconds(again.history) == without_seconds(whole.history)
-    # A state that is not in the past cannot be returned; one that validates alike is.
-    assert values[again.state - 1] == values[whole.state - 1]
+    assert again.state == whole.state
 
 
 def test_what_an_interrupted_fit_has_waited_counts():
     values = [0.5, 0.4, 0.3, 0.9]
-    past = [{"round": t + 1, "loss": 1.0, "validation_ndcg": values[t]} for t in range(2)]
-    result = run_rounds(count_up, 2, n_rounds=4, past=past, early_stopping=stopping(values))
+    saved = []
+    run_rounds(count_up, 0, n_rounds=2, early_stopping=stopping(values), save=saved.append)
+    assert (saved[1].state, saved[1].best_state, saved[1].best_value) == (2, 1, 0.5)
+    assert [progress.waited for progress in saved] == [0, 1]
+    result = run_rounds(
+        count_up, 0, n_rounds=4, past=saved[1], early_stopping=stopping(values), save=saved.append
+    )
     assert len(result.history) == 3
     # A fit that had ended stays ended.
     ended = run_rounds(
-        count_up, 3, n_rounds=4, past=result.history, early_stopping=stopping(values)
+        fail, 0, n_rounds=4, past=saved[-1], early_stopping=stopping(values), save=fail
     )
-    assert (ended.state, ended.history) == (3, result.history)
+    assert (ended.state, ended.history) == (1, result.history)
+
+
+def fail(*_):
+    raise AssertionError("nothing is left to do")
+
+
+@pytest.mark.parametrize(
+    ("every", "rounds"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (3, [3, 5]), (5, [5]), (9, [5])]
+)
+def test_every_so_many_rounds_and_the_last_are_saved(every, rounds):
+    saved = []
+    options = {"save": lambda progress: saved.append(len(progress.history)), "save_every": every}
+    run_rounds(count_up, 0, n_rounds=5, first_round=7, **options)
+    assert saved == rounds
+    # The last one is the last also where something else than their number ends the rounds.
+    for ending in (
+        {"early_stopping": stopping([0.5, 0.4, 0.3, 0.2, 0.1], patience=4)},
+        {"on_round_end": lambda state, record: state == 5},
+    ):
+        saved.clear()
+        run_rounds(count_up, 0, n_rounds=99, **options, **ending)
+        assert saved == rounds
+
+
+def test_a_round_is_saved_before_callbacks_hear_of_it():
+    events = []
+    run_rounds(
+        count_up,
+        0,
+        n_rounds=2,
+        save=lambda progress: events.append(f"save {progress.state}"),
+        on_round_end=lambda state, record: bool(events.append(f"end {state}")),
+    )
+    assert events == ["save 1", "end 1", "save 2", "end 2"]
+
+
+def test_what_was_saved_does_not_change_afterwards():
+    saved = []
+    run_rounds(count_up, 0, n_rounds=3, save=saved.append)
+    assert [len(progress.history) for progress in saved] == [1, 2, 3]
 
 
 def test_improvements_of_the_past_count_as_in_one_go():
@@ -187,9 +224,9 @@ def test_improvements_of_the_past_count_as_in_one_go():
 
 
 def test_the_past_is_not_changed_and_bounds_the_loss():
-    past = [{"round": 1, "loss": 0.01}]
+    past = Progress(0, 0, -math.inf, 0, [{"round": 1, "loss": 0.01}])
     with pytest.raises(FloatingPointError, match="round 2"):
         run_rounds(lambda s, t: (s, {"loss": 1.5}), 0, n_rounds=3, past=past)
     result = run_rounds(lambda s, t: (s, {"loss": 0.5}), 0, n_rounds=3, past=past)
     assert [record["round"] for record in result.history] == [1, 2, 3]
-    assert past == [{"round": 1, "loss": 0.01}]
+    assert past.history == [{"round": 1, "loss": 0.01}]

@@ -272,6 +272,37 @@ def obvious():
     return X
 
 
+class Interrupt:
+    """A callback that keeps what it is given after each round, and raises after some."""
+
+    def __init__(self, n_rounds=None):
+        self.n_rounds = n_rounds
+        self.seen = []
+        self.tasks = []
+
+    def setup(self, estimator, context):
+        pass
+
+    def teardown(self, estimator, context):
+        pass
+
+    def on_fit_task_begin(self, estimator, context):
+        pass
+
+    def on_fit_task_end(self, estimator, context, *, fitted_estimator):
+        if context.task_name == "round":
+            self.seen.append(fitted_estimator)
+            self.tasks.append(context.task_id)
+            if len(self.seen) == self.n_rounds:
+                raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="session")
+def interrupt():
+    """Give the class of a callback: ``interrupt(2)`` raises after two rounds."""
+    return Interrupt
+
+
 @pytest.fixture(scope="session")
 def arrays_of():
     """Give a function that lists what `fit` left: all but the seconds that rounds took."""

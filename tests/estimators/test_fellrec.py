@@ -1,4 +1,4 @@
-"""What FELLRec has of its own: platforms, texts, adapters, split models and checkpoints."""
+"""What FELLRec has of its own: platforms, texts, adapters and split models."""
 
 import pickle
 
@@ -382,79 +382,6 @@ def test_adapters_of_others_are_refused(make, tmp_path):
         make().fit(X, X[:, 0] // 6).load_adapters(tmp_path)
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
-class Interrupt:
-    """Raise after some rounds."""
-
-    def __init__(self, n_rounds):
-        self.n_rounds = n_rounds
-        self.seen = []
-
-    def setup(self, estimator, context):
-        pass
-
-    def teardown(self, estimator, context):
-        pass
-
-    def on_fit_task_begin(self, estimator, context):
-        pass
-
-    def on_fit_task_end(self, estimator, context, *, fitted_estimator):
-        if context.task_name == "round":
-            self.seen.append(fitted_estimator)
-            if len(self.seen) == self.n_rounds:
-                raise KeyboardInterrupt
-
-
-VARIANTS = {
-    "plain": {},
-    "early stopping": {"early_stopping": True, "n_iter_no_change": 3},
-    "ditto": {"aggregation": "ditto", "proximal": 0.1},
-    "slow clients": {"client_periods": [1, 2, 3]},
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_an_interrupted_fit_goes_on_to_the_same_result(make, variant, tmp_path, assert_same_fit):
-    settings = {"n_rounds": 5, **VARIANTS[variant]}
-    whole = make(**settings).fit(X, CLIENTS)
-    interrupted = make(**settings, checkpoint=tmp_path / "a").set_callbacks(Interrupt(2))
-    with pytest.raises(KeyboardInterrupt):
-        interrupted.fit(X, CLIENTS)
-    assert not hasattr(interrupted, "adapters_")
-    again = make(**settings, checkpoint=tmp_path / "a").fit(X, CLIENTS)
-    assert_same_fit(again, whole)
-    # The same with fewer rounds at first, and once more when nothing is left to do.
-    make(**settings | {"n_rounds": 3}, checkpoint=tmp_path / "b").fit(X, CLIENTS)
-    for _ in range(2):
-        assert_same_fit(make(**settings, checkpoint=tmp_path / "b").fit(X, CLIENTS), whole)
-
-
-def test_a_checkpoint_is_of_its_own_fit(make, tmp_path):
-    make(checkpoint=tmp_path).fit(X, CLIENTS)
-    other = X.copy()
-    other[0, 1] = other[0, 1] + 2
-    for rows, changes in (
-        (other, {}),
-        (X, {"random_state": 1}),
-        (X, {"lora_alpha": 8}),
-        (X, {"item_text": TEXTS | {3: "11"}}),
-    ):
-        with pytest.raises(ValueError, match="is of a fit with other data, parameters or random"):
-            make(checkpoint=tmp_path, **changes).fit(rows, CLIENTS)
-    with pytest.raises(ValueError, match="checkpoint needs an int as random_state, got None"):
-        make(checkpoint=tmp_path, random_state=None).fit(X, CLIENTS)
-
-
-def test_a_fit_that_goes_on_is_not_the_one_in_the_checkpoint(make, tmp_path):
-    model = make(checkpoint=tmp_path, warm_start=True).fit(X, CLIENTS)
-    with pytest.raises(ValueError, match="is of a fit with other data"):
-        model.fit(X, CLIENTS)
-    assert model.set_params(checkpoint=tmp_path / "next").fit(X, CLIENTS).n_rounds_ == 6
-
-
 # ---------------------------------------------------------------- early stopping
 
 
@@ -618,8 +545,8 @@ def test_search_over_the_rank_of_the_adapters(make):
     assert (search.cv_results_["mean_test_score"] > 0).all()
 
 
-def test_rounds_are_seen_by_callbacks_and_printed(make, capsys):
-    callback = Interrupt(10**9)
+def test_rounds_are_seen_by_callbacks_and_printed(make, capsys, interrupt):
+    callback = interrupt()
     model = make(early_stopping=True, verbose=2).set_callbacks(callback).fit(X, CLIENTS)
     assert len(callback.seen) == model.n_rounds_ == 3
     for n, each in enumerate(callback.seen, start=1):

@@ -10,7 +10,6 @@ from fedrecsk.datasets import make_interactions
 from fedrecsk.engine.streams import Streams
 from fedrecsk.estimators._language import (
     Ranking,
-    Saved,
     about,
     adapters_before,
     check_periods,
@@ -413,49 +412,9 @@ def test_platforms_go_on_from_their_adapters_and_new_ones_from_the_mean():
         adapters_before(wrong, platforms, previous)
 
 
-def state_of(*values, aggregation="fellrec"):
-    state = FELLRecState.start(adapters_of(*values), aggregation=aggregation)
+def state_of(*values):
+    state = FELLRecState.start(adapters_of(*values), aggregation="fellrec")
     return replace(state, best_value=torch.tensor([0.25, 0.5], dtype=torch.float64))
-
-
-@pytest.mark.parametrize("aggregation", ["fellrec", "ditto"])
-def test_a_state_is_kept_on_disk(tmp_path, aggregation):
-    saved = Saved(tmp_path / "fit", "mark")
-    start = state_of(0.0, 0.0, aggregation=aggregation)
-    assert saved.load(start) == (start, [])
-    state = state_of(1.0, 2.0, aggregation=aggregation)
-    uploads = state.uploads.updated(
-        adapters_of(3.0, 4.0), adapters_of(5.0, 6.0), torch.ones(2), torch.tensor([True, False]), 7
-    )
-    state = replace(state, uploads=uploads, best=adapters_of(7.0, 8.0))
-    saved.write(state, [{"round": 1}])
-    found, history = saved.load(start)
-    assert history == [{"round": 1}]
-    for one, other in (
-        (found.adapters, state.adapters),
-        (found.shared, state.shared),
-        (found.best, state.best),
-        (found.uploads.adapters, uploads.adapters),
-        (found.uploads.starts, uploads.starts),
-    ):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], value) for name, value in other.items())
-    assert found.best_value.tolist() == [0.25, 0.5]
-    assert found.uploads.losses.tolist() == [1.0, -np.inf]
-    assert found.uploads.moments.tolist() == [7, -1]
-    nowhere = Saved(None, "")
-    nowhere.write(state, [])
-    assert nowhere.load(start) == (start, [])
-
-
-def test_a_state_of_other_adapters_is_refused(tmp_path):
-    saved = Saved(tmp_path, "mark")
-    saved.write(state_of(1.0, 2.0), [{"round": 1}])
-    other_rank = {"q.lora_A": torch.zeros(2, 3, 3), "q.lora_B": torch.zeros(2, 4, 3)}
-    other_layer = {"v.lora_A": torch.zeros(2, 2, 3), "v.lora_B": torch.zeros(2, 4, 2)}
-    for adapters in (other_rank, other_layer):
-        with pytest.raises(ValueError, match=r"is of other adapters .* Remove the folder"):
-            saved.load(FELLRecState.start(adapters, aggregation="fellrec"))
 
 
 def test_the_mean_of_the_best():
