@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from fedrecsk.engine.parallel import local_rank
+
 # Below this many elements a tensor operation is over before a second thread has woken up:
 # small batched products were measured up to ten times slower on many threads than on one.
 ELEMENTS_PER_THREAD = 262_144
@@ -18,8 +20,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     Parameters
     ----------
     device : str or torch.device, default="auto"
-        ``"auto"`` takes the first GPU where there is one, else the CPU. Everything else is a
-        torch device name such as ``"cpu"`` or ``"cuda:1"``.
+        ``"auto"`` takes the first GPU where there is one, else the CPU; of several processes that
+        share a fit, each takes a GPU of its own while there are enough. Everything else is a torch
+        device name such as ``"cpu"`` or ``"cuda:1"``.
 
     Returns
     -------
@@ -37,7 +40,10 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     device(type='cpu')
     """
     if isinstance(device, str) and device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        rank = local_rank()
+        return torch.device("cuda" if rank is None else f"cuda:{rank % torch.cuda.device_count()}")
     try:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)

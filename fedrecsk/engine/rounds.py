@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from fedrecsk.engine.parallel import anywhere, of_main
+
 State = TypeVar("State")
 Record = dict[str, Any]
 
@@ -155,7 +157,8 @@ def run_rounds(
         if early_stopping is None:
             best_state = state
         else:
-            value = early_stopping.evaluate(state)
+            # One process decides for all, lest they part over the last digit.
+            value = of_main(early_stopping.evaluate(state))
             record["validation_ndcg"] = value
             waited = 0 if value > best_value + early_stopping.tol else waited + 1
             if value > best_value:
@@ -170,7 +173,7 @@ def run_rounds(
         if on_round_end is not None:
             # Called in every case: a callback sees the last round as well.
             stop = on_round_end(state, record) or stop
-        if stop:
+        if anywhere(stop):
             if save is not None and not due:
                 save(progress)
             break

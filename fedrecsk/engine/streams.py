@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from sklearn.utils import check_random_state
 
+from fedrecsk.engine.parallel import of_main
+
 
 @dataclass(frozen=True)
 class Streams:
@@ -36,10 +38,14 @@ class Streams:
 
     @classmethod
     def from_random_state(cls, random_state: int | np.random.RandomState | None) -> Streams:
-        """Read an estimator's ``random_state``: an int is the seed, an instance gives one."""
+        """Read an estimator's ``random_state``: an int is the seed, an instance gives one.
+
+        Processes that share a fit take the one that the first of them draws.
+        """
         if isinstance(random_state, (int, np.integer)):
             return cls(int(random_state))
-        return cls(int(check_random_state(random_state).randint(np.iinfo(np.int32).max)))
+        drawn = check_random_state(random_state).randint(np.iinfo(np.int32).max)
+        return cls(int(of_main(drawn)))
 
     def _sequence(self, name: str, keys: tuple[int, ...]) -> np.random.SeedSequence:
         # crc32 and not hash(): Python salts string hashes anew in every process. The number of

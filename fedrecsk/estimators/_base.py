@@ -22,7 +22,8 @@ from sklearn.utils.validation import check_is_fitted
 
 from fedrecsk.data.interactions import Columns, Interactions, encode, merge, read_columns
 from fedrecsk.data.vocabulary import Vocabulary
-from fedrecsk.engine.checkpoints import Checkpoints
+from fedrecsk.engine.checkpoints import Checkpoints, describe, fingerprint
+from fedrecsk.engine.parallel import alone, is_main, together
 from fedrecsk.engine.rounds import Progress, Record
 from fedrecsk.engine.shards import concatenate_ranges
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
@@ -36,6 +37,9 @@ SCORES_PER_BATCH = 1 << 24
 SCORE_K = 20
 
 Attributes = dict[str, Any]
+
+# Parameters that processes which share a fit may have each their own of.
+DIFFER_BY_PROCESS = {"checkpoint", "device", "verbose"}
 
 # Constraints of the parameters that several estimators share, under the same names.
 SHARED_CONSTRAINTS: Constraints = {
@@ -233,7 +237,8 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
             base["feature_names_in_"] = np.array(columns.feature_names, dtype=object)
         old_history = list(self.history_) if go_on else []
         watch = RoundWatch(self, context, base, n_rounds, old_history, checkpoints, X=X, y=y)
-        attributes = base | self._simulate(data, watch, go_on=go_on)
+        with together(lambda: self._marks(data, go_on=go_on)):
+            attributes = base | self._simulate(data, watch, go_on=go_on)
         attributes["history_"] = old_history + attributes["history_"]
         attributes["n_rounds_"] = len(attributes["history_"])
         if columns.feature_names is None and hasattr(self, "feature_names_in_"):
@@ -256,6 +261,24 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
                 f"checkpoint needs an int as random_state, got {self.random_state!r}: without one "
                 "a fit cannot go on to the same result."
             )
+        settings = {"estimator": type(self).__name__, **self._settings()}
+        parts = self._parts(data, go_on=go_on)
+        return Checkpoints(folder, settings, parts, every=self.checkpoint_every)
+
+    def _marks(self, data: Interactions, *, go_on: bool) -> dict[str, str]:
+        """Hash what all processes that share a fit must be given alike."""
+        parameters = self.get_params(deep=False)
+        kept = parameters.keys() - DIFFER_BY_PROCESS
+        described = {name: describe(parameters[name]) for name in kept}
+        if isinstance(parameters.get("random_state"), np.random.RandomState):
+            described["random_state"] = "RandomState"  # the first process draws the seed for all
+        marks = {
+            part: fingerprint(value) for part, value in self._parts(data, go_on=go_on).items()
+        }
+        return {**marks, "parameters": fingerprint([type(self).__name__, described])}
+
+    def _parts(self, data: Interactions, *, go_on: bool) -> dict[str, object]:
+        """Give what a fit is made of besides parameters, by a name in the plural."""
         parts: dict[str, object] = {
             "users": data.users.ids,
             "items": data.items.ids,
@@ -268,8 +291,7 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
                 for name, value in vars(self).items()
                 if name.endswith("_") and not name.startswith("_") and name != "history_"
             }
-        settings = {"estimator": type(self).__name__, **self._settings()}
-        return Checkpoints(folder, settings, parts, every=self.checkpoint_every)
+        return parts
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "item_ids_")
@@ -550,19 +572,22 @@ class RoundWatch:
     def begin(self) -> None:
         """Open a round's task."""
         self._round = self._context.subcontext(task_name="round")
-        self._round.call_on_fit_task_begin(estimator=self._estimator, X=self._X, y=self._y)
+        with alone():
+            self._round.call_on_fit_task_begin(estimator=self._estimator, X=self._X, y=self._y)
 
     def end(self, record: Record, attributes: Callable[[], Attributes]) -> bool:
         """Close the round's task; True if a callback asks to stop."""
         self._history.append(record)
         self._print(record)
-        stop = self._round.call_on_fit_task_end(
-            estimator=self._estimator,
-            X=self._X,
-            y=self._y,  # and no metadata, which callbacks hand on to scorers as arguments
-            # Built only where a callback asks for a fitted estimator.
-            reconstruction_attributes=lambda: self._fitted(attributes()),
-        )
+        # A callback may ask for more in one of several processes than in another.
+        with alone():
+            stop = self._round.call_on_fit_task_end(
+                estimator=self._estimator,
+                X=self._X,
+                y=self._y,  # and no metadata, which callbacks hand on to scorers as arguments
+                # Built only where a callback asks for a fitted estimator.
+                reconstruction_attributes=lambda: self._fitted(attributes()),
+            )
         return bool(stop)
 
     def _fitted(self, attributes: Attributes) -> Attributes:
@@ -573,7 +598,7 @@ class RoundWatch:
         verbose = int(getattr(self._estimator, "verbose", 0))
         done = len(self._history)
         every = 1 if verbose > 1 else -(-self._n_rounds // 10)
-        if not verbose or (done % every and done not in (1, self._n_rounds)):
+        if not verbose or not is_main() or (done % every and done not in (1, self._n_rounds)):
             return
         parts = [
             f"[{type(self._estimator).__name__}] round {done}/{self._n_rounds}",

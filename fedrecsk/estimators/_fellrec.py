@@ -21,6 +21,7 @@ from fedrecsk.data.interactions import Interactions
 from fedrecsk.data.prompts import Catalogue, catalogue
 from fedrecsk.data.vocabulary import Vocabulary
 from fedrecsk.engine.device import resolve_device, torch_threads
+from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
 from fedrecsk.engine.rounds import EarlyStopping, Record, run_rounds
 from fedrecsk.engine.shards import CPU_CHUNK_ROWS
 from fedrecsk.engine.streams import Streams
@@ -630,7 +631,8 @@ class FELLRecRecommender(BaseRecommender):
                 staleness_exponent=self.staleness_exponent,
             )
             if model.split is not None:
-                logs["bytes_boundary"] = bytes_crossed(model) - before
+                crossed = torch.tensor(bytes_crossed(model) - before)
+                logs["bytes_boundary"] = int(add_up(crossed)[0])
             if held_out is not None:
                 values = self._validate(
                     [ranking], model, platforms, held_out, state.adapters, counts
@@ -806,18 +808,24 @@ class FELLRecRecommender(BaseRecommender):
 
         NaN where a platform has none.
         """
-        found = torch.full((len(rankings), len(platforms)), torch.nan, dtype=torch.float64)
+        found = torch.full((len(platforms), len(rankings)), torch.nan, dtype=torch.float64)
         tables: list[tuple[Adapters, Tensor]] = []
-        for platform, which in by_platform(platforms.of_user[held_out.users]):
+        of_user = platforms.of_user[held_out.users]
+        # A platform costs a reading of the catalogue and one of every user.
+        costs = np.bincount(of_user, minlength=len(platforms)) + platforms.n_items
+        parts = shares(np.arange(len(platforms)), costs)
+        for platform, which in by_platform(of_user):
+            if platform not in own_part(parts):
+                continue
             users = held_out.users[which]
-            own = select(adapters, [platform])
+            adapter = select(adapters, [platform])
             windows = platforms.window(users, held_out.ends[users], self.max_history)
-            queries, items = self._vectors(model, own, windows, tables)
-            for row, ranking in enumerate(rankings):
+            queries, items = self._vectors(model, adapter, windows, tables)
+            for column, ranking in enumerate(rankings):
                 scores = ranking.scores(queries, items, counts[platform])
                 values = held_out.ndcg(scores.cpu().numpy(), platforms, which)
-                found[row, platform] = float(values.mean())
-        return found.to(model.device)
+                found[platform, column] = float(values.mean())
+        return fill_rows(found, parts).T.contiguous().to(model.device)
 
     def _vectors(
         self,

@@ -44,6 +44,7 @@ from torch import Tensor
 
 from fedrecsk.engine.local import Moments, Optimizer, Params, apply_gradients, init_moments
 from fedrecsk.engine.mixing import RowSums, scatter_sum, weighted_mean
+from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
 from fedrecsk.engine.sampling import epoch_cohort, stratified_cohort, uniform_cohort
 from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.engine.streams import Streams
@@ -260,7 +261,8 @@ def bce_step(
     curvature, gram = table.new_zeros(len(table)), table.new_zeros(table.shape[1], table.shape[1])
     losses, n_examples = table.new_zeros(()), table.new_zeros(())
     n_private = torch.zeros((), dtype=torch.int64, device=table.device)
-    for cohort in shards.chunks(delegates, rows_per_interaction=1 + n_negatives):
+    parts = shares(delegates, client_rows[delegates])
+    for cohort in shards.chunks(own_part(parts), rows_per_interaction=1 + n_negatives):
         result, heads = _train(
             cohort,
             state,
@@ -293,6 +295,18 @@ def bce_step(
         losses += result.losses.sum()
         n_examples += result.n_examples.sum()
         n_private += result.row_valid.sum()
+    numerator, denominator, curvature, gram, losses, n_examples, n_private, *changes = add_up(
+        numerator,
+        denominator,
+        curvature,
+        gram,
+        losses,
+        n_examples,
+        n_private,
+        *head_change.values(),
+    )
+    head_change = dict(zip(head_change, changes, strict=True))
+    user_factors = fill_rows(user_factors, parts, shards.users_of)
     if server_optimizer is not None:
         # Σ w (v_k - V) without the differences: one pass over the private rows less.
         numerator -= denominator * table
@@ -445,7 +459,8 @@ def whole_data_step(
     mean_user_rows = len(shards.items) / shards.n_users
     user_factors = state.user_factors.clone()
     total = whole_data.Sums.zero(shards.n_items, items.shape[1], items.device)
-    for cohort in shards.user_chunks(delegates):
+    parts = shares(delegates, shards.client_rows[delegates])
+    for cohort in shards.user_chunks(own_part(parts)):
         users = whole_data.solve_users(
             cohort,
             items,
@@ -458,6 +473,8 @@ def whole_data_step(
         total += whole_data.user_sums(
             cohort, users, items, gram, unobserved_weight=unobserved_weight
         )
+    total = total.of_all_processes()
+    user_factors = fill_rows(user_factors, parts, shards.users_of)
     rate = server_learning_rate
     if rate is None:
         rate = whole_data.default_rate(total.n_users / shards.n_users, t)
@@ -657,7 +674,8 @@ def refit_whole_data(
     items = state.item_table
     gram = items.T @ items
     users = state.user_factors.clone()
-    for cohort in shards.user_chunks(clients):
+    parts = shares(clients, shards.client_rows[clients])
+    for cohort in shards.user_chunks(own_part(parts)):
         users[cohort.users] = whole_data.solve_users(
             cohort,
             items,
@@ -666,7 +684,7 @@ def refit_whole_data(
             penalty=penalty,
             mean_rows=mean_rows,
         )
-    return users
+    return fill_rows(users, parts, shards.users_of)
 
 
 def refit_bce(
@@ -685,7 +703,8 @@ def refit_bce(
     """Return user vectors (n_users, d) with those of `clients` fitted to the final table."""
     users = served_factors(state).clone()
     key = streams.key("refit")
-    for cohort in shards.user_chunks(clients, rows_per_interaction=1 + n_negatives):
+    parts = shares(clients, shards.client_rows[clients])
+    for cohort in shards.user_chunks(own_part(parts), rows_per_interaction=1 + n_negatives):
         if state.head:
             users[cohort.users] = ncf.refit_users(
                 cohort,
@@ -711,4 +730,4 @@ def refit_bce(
             l2=l2,
             key=key,
         )
-    return users
+    return fill_rows(users, parts, shards.users_of)

@@ -27,11 +27,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fedrecsk.engine.parallel import fill_rows, own_part, shares
 from fedrecsk.engine.traffic import dense_bytes
 from fedrecsk.methods.dynamic_balance import (
     ClientWeights,
@@ -143,7 +146,8 @@ def fellrec_step(
     start = state.shared if aggregation == "ditto" else state.adapters
     pulled = proximal if aggregation != "ditto" else 0.0
     mine = select(start, clients)
-    trained, losses = train(mine, clients, mine if pulled else None, pulled, t)
+    shared_out = partial(_trained_together, train, n_examples)
+    trained, losses = shared_out(mine, clients, mine if pulled else None, pulled, t)
     reported = _in_place(losses.double(), clients, n_examples, clients_without=-torch.inf)
     mixed, _, diagnostics = balance(
         _among(start, trained, clients),
@@ -169,7 +173,7 @@ def fellrec_step(
     state = replace(state, uploads=uploads)
     if aggregation == "ditto":
         # The pull is to the shared adapter that the client received, before this round's average.
-        personal, losses = train(select(state.adapters, clients), clients, mine, proximal, t)
+        personal, losses = shared_out(select(state.adapters, clients), clients, mine, proximal, t)
         state = replace(state, shared=mixed, adapters=_among(state.adapters, personal, clients))
     else:
         state = replace(state, adapters=mixed)
@@ -185,6 +189,31 @@ def fellrec_step(
         **diagnostics,
     }
     return state, logs
+
+
+def _trained_together(
+    train: Train,
+    n_examples: Tensor,
+    adapters: Adapters,
+    clients: Tensor,
+    anchor: Adapters | None,
+    proximal: float,
+    t: int,
+) -> tuple[Adapters, Tensor]:
+    """Train as `train` does, each process that shares the fit its share of the clients."""
+    parts = shares(np.arange(len(clients)), n_examples[clients].cpu().numpy())
+    if len(parts) == 1:
+        return train(adapters, clients, anchor, proximal, t)
+    trained = {name: value.clone() for name, value in adapters.items()}
+    losses = next(iter(trained.values())).new_zeros(len(clients))
+    mine = torch.from_numpy(own_part(parts)).to(clients.device)
+    if len(mine):
+        near = None if anchor is None else select(anchor, mine)
+        found, own_losses = train(select(adapters, mine), clients[mine], near, proximal, t)
+        trained = _among(trained, found, mine)
+        losses[mine] = own_losses.to(losses)
+    filled = {name: fill_rows(value, parts) for name, value in trained.items()}
+    return filled, fill_rows(losses, parts)
 
 
 def keep_best(state: FELLRecState, values: Tensor) -> FELLRecState:

@@ -42,6 +42,7 @@ from torch import Tensor
 
 from fedrecsk.engine.local import Moments, Optimizer, apply_gradients
 from fedrecsk.engine.mixing import RowSums
+from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
 from fedrecsk.engine.shards import ClientShards
 from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
@@ -130,10 +131,11 @@ def network_step(
         weight_of = np.ones(shards.n_clients)
     user_factors = state.user_factors.clone()
     sums = _NetworkSums.zero(state)
+    parts = shares(participants, shards.client_rows[participants])
     for x, width in enumerate(sizes.widths):
         tasks = range(x + 1) if together else range(x, x + 1)
         pull = decorrelation_pull(state.tables[x][:, :width], alpha) if alpha and x else None
-        group = sizes.members(participants, x)
+        group = sizes.members(own_part(parts), x)
         for cohort in shards.chunks(group, rows_per_interaction=1 + n_negatives):
             result, heads = ncf.train(
                 cohort,
@@ -156,6 +158,8 @@ def network_step(
             sums.add(x, result, weight)
             for y, head in zip(tasks, heads, strict=True):
                 sums.add_head(y, head, state.heads[y], weight)
+    sums = sums.of_all_processes()
+    user_factors = fill_rows(user_factors, parts, shards.users_of)
 
     members = [sizes.members(participants, x) for x in range(len(sizes.widths))]
     weights = [float(weight_of[group].sum()) for group in members]
@@ -252,6 +256,29 @@ class _NetworkSums:
         for name, value in trained.items():
             self.heads[size][name] += torch.tensordot(weight, value - before[name], 1)
         self.head_weights[size] += float(weight.sum())
+
+    def of_all_processes(self) -> _NetworkSums:
+        """Return what the clients of all processes that share a fit have sent."""
+        n_sizes = len(self.trained)
+        weights, losses, n_examples, n_rows, *rest = add_up(
+            torch.tensor(self.head_weights, dtype=torch.float64),
+            self.losses,
+            self.n_examples,
+            self.n_rows,
+            *self.changes,
+            *self.trained,
+            *(value for head in self.heads for value in head.values()),
+        )
+        heads = iter(rest[2 * n_sizes :])
+        return _NetworkSums(
+            changes=rest[:n_sizes],
+            trained=rest[n_sizes : 2 * n_sizes],
+            heads=[{name: next(heads) for name in head} for head in self.heads],
+            head_weights=weights.tolist(),
+            losses=losses,
+            n_examples=n_examples,
+            n_rows=n_rows,
+        )
 
     def moved_heads(
         self, state: NestedState, server_optimizer: Optimizer

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrecsk.engine.local import Moments, Optimizer, init_moments
+from fedrecsk.engine.parallel import fill_rows, own_part, shares
 from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.methods.padded_aggregation import slice_of
 from fedrecsk.models.decorrelation import spectrum
@@ -206,12 +207,13 @@ def refit_users(
         whole-data objective.
     """
     fitted = state.user_factors.clone()
+    parts = shares(clients, shards.client_rows[clients])
     for x, width in enumerate(sizes.widths):
-        for cohort in shards.user_chunks(sizes.members(clients, x)):
+        for cohort in shards.user_chunks(sizes.members(own_part(parts), x)):
             users = fitted[cohort.users, :width]
             head = state.heads[x] if state.heads else {}
             fitted[cohort.users, :width] = fit(cohort, users, state.tables[x], head)
-    return fitted
+    return fill_rows(fitted, parts, shards.users_of)
 
 
 def federations(sizes: Sizes, aggregation: Aggregation) -> list[list[int]]:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
 from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
 from fedrecsk.methods.nested_state import (
@@ -84,6 +85,7 @@ def whole_data_step(
     )
     logs: Logs = {"loss": 0.0, "clients": len(participants), "bytes_down": 0, "bytes_up": 0}
     n_rows = 0
+    parts = shares(participants, shards.client_rows[participants])
     for federation in federations(sizes, aggregation):
         table = state.tables[federation[-1]]
         blocks = column_blocks([sizes.widths[x] for x in federation])
@@ -94,7 +96,7 @@ def whole_data_step(
                 width = blocks[y].stop
                 part = table[:, :width]
                 gram = part.T @ part
-                for cohort in shards.user_chunks(group):
+                for cohort in shards.user_chunks(sizes.members(own_part(parts), x)):
                     users = whole_data.solve_users(
                         cohort,
                         part,
@@ -112,6 +114,7 @@ def whole_data_step(
             # A row carries the pull on the item, its count and its curvatures.
             logs["bytes_up"] += sparse_row_bytes(n_sent, d + 1 + n_curvatures)
             logs["bytes_up"] += len(group) * dense_bytes((d, d))
+        sums = sums.of_all_processes()
         # Of each block; in dual task a user counts once for each of its sizes that has the block.
         owners = [
             sum(
@@ -149,7 +152,7 @@ def whole_data_step(
     logs["loss"] /= max(n_rows, 1)
     return replace(
         state,
-        user_factors=user_factors,
+        user_factors=fill_rows(user_factors, parts, shards.users_of),
         tables=tuple(tables),
         statistics=tuple(statistics),
         turns=counted_turns(state, participants),
@@ -207,6 +210,17 @@ class _BlockSums:
             counts[place] = counts[place] + sums.counts
             n_owners[place] += cohort.n_users
         return replace(self, total=total, counts=counts, curvature=curvature, n_owners=n_owners)
+
+    def of_all_processes(self) -> _BlockSums:
+        """Return the sums over the users of all processes that share a fit."""
+        n_owners, *sums = add_up(torch.tensor(self.n_owners), *self.counts, *self.curvature)
+        return replace(
+            self,
+            total=self.total.of_all_processes(),
+            counts=sums[: len(self.blocks)],
+            curvature=sums[len(self.blocks) :],
+            n_owners=n_owners.tolist(),
+        )
 
 
 def refit_whole_data(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from fedrecsk.engine.local import Optimizer
-from fedrecsk.engine.shards import ClientShards
+from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
+from fedrecsk.engine.shards import ClientShards, concatenate_ranges
 from fedrecsk.engine.streams import Streams
 from fedrecsk.methods.nested_state import (
     Logs,
@@ -57,10 +59,13 @@ def standalone_step(
     widest = sizes.widths[-1]
     user_factors = state.user_factors.clone()
     networks = np.zeros((shards.n_clients, n_weights(state.heads[-1])), dtype=np.float32)
-    clients, items, values = [], [], []
+    parts = shares(everybody, shards.client_rows)
+    # Begun with nobody's, as a process may have no clients.
+    clients, items = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    values = [np.zeros((0, widest + 1), dtype=np.float32)]
     losses, n_examples = user_factors.new_zeros(()), user_factors.new_zeros(())
     for x, width in enumerate(sizes.widths):
-        group = sizes.members(everybody, x)
+        group = sizes.members(own_part(parts), x)
         for cohort in shards.chunks(group, rows_per_interaction=1 + n_negatives):
             result, heads = ncf.train(
                 cohort,
@@ -92,14 +97,24 @@ def standalone_step(
             losses += result.losses.sum()
             n_examples += result.n_examples.sum()
     owner = np.concatenate(clients)
-    order = np.argsort(owner, kind="stable")
-    counts = np.bincount(owner, minlength=shards.n_clients)
-    private = PrivateModels(
-        indptr=np.concatenate([[0], np.cumsum(counts)]),
-        items=np.concatenate(items)[order],
-        rows=np.concatenate(values)[order],
-        networks=networks,
+    counts, losses, n_examples = add_up(
+        torch.from_numpy(np.bincount(owner, minlength=shards.n_clients)), losses, n_examples
     )
+    indptr = np.concatenate([[0], np.cumsum(counts.numpy())])
+    order = np.argsort(owner, kind="stable")
+    places = concatenate_ranges(indptr, own_part(parts))
+    kept_items = torch.zeros(int(indptr[-1]), dtype=torch.int64)
+    kept_rows = torch.zeros(int(indptr[-1]), widest + 1)
+    kept_items[places] = torch.from_numpy(np.concatenate(items)[order])
+    kept_rows[places] = torch.from_numpy(np.concatenate(values)[order])
+    rows_of = partial(concatenate_ranges, indptr)
+    private = PrivateModels(
+        indptr=indptr,
+        items=fill_rows(kept_items, parts, rows_of).numpy(),
+        rows=fill_rows(kept_rows, parts, rows_of).numpy(),
+        networks=fill_rows(torch.from_numpy(networks), parts).numpy(),
+    )
+    user_factors = fill_rows(user_factors, parts, shards.users_of)
     logs: Logs = {
         "loss": float(losses / n_examples.clamp_min(1)),
         "clients": shards.n_clients,

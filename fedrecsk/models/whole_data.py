@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fedrecsk.engine.mixing import csr_product, row_offsets, scatter_sum
+from fedrecsk.engine.parallel import add_up
 from fedrecsk.engine.shards import Cohort
 
 # Keeps solves regular where a user or an item has no data at all.
@@ -112,6 +113,15 @@ class Sums:
             n_users=self.n_users + other.n_users,
             n_rows=self.n_rows + other.n_rows,
         )
+
+    def of_all_processes(self) -> Sums:
+        """Return the sum over the users of all processes that share a fit."""
+        numbers = torch.tensor([self.n_users, self.n_rows])
+        pull, counts, curvature, gram, loss, numbers = add_up(
+            self.pull, self.counts, self.curvature, self.gram, self.loss, numbers
+        )
+        n_users, n_rows = numbers.tolist()
+        return Sums(pull, counts, curvature, gram, loss, n_users, n_rows)
 
 
 @dataclass(frozen=True, eq=False)
