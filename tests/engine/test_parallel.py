@@ -1,7 +1,8 @@
-"""Shares, sums and failures of several processes, without any estimator."""
+"""Shares, sums and failures of several processes."""
 
 import json
 import os
+import signal
 import threading
 
 import numpy as np
@@ -23,7 +24,7 @@ LAUNCHED = {
 
 # What three processes do together. Each prints what it found as one line of JSON.
 PROGRAM = """
-import json, os, time
+import json, os, signal, time
 import numpy as np, torch
 from fedrecsk.engine import parallel
 from fedrecsk.engine.parallel import (
@@ -84,13 +85,36 @@ if rank != 1:
     found["afterwards"] = caught(other_data, RuntimeError)
 
 parallel._connection.lost = False  # as if started anew
-os.environ["FEDRECSK_TIMEOUT"] = "1"
+os.environ["FEDRECSK_TIMEOUT"] = "0.5"
 def one_hangs():
     with together(lambda: {"data": "same"}):
         if rank == 1:
-            time.sleep(4)
+            time.sleep(2)
         add_up(torch.ones(1))
 found["one_hangs"] = caught(one_hangs, RuntimeError)
+
+parallel._connection.lost = False
+os.environ["FEDRECSK_TIMEOUT"] = "60"
+from fedrecsk import FedFNNRecommender
+
+class DieInTheSecondRound:
+    n_rounds = 0
+    def setup(self, estimator, context): pass
+    def teardown(self, estimator, context): pass
+    def on_fit_task_begin(self, estimator, context): pass
+    def on_fit_task_end(self, estimator, context):
+        self.n_rounds += context.task_name == "round"
+        found["rounds"] = self.n_rounds
+        if rank == 1 and self.n_rounds == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+two_clients = [[user, item] for user in range(2) for item in range(user, 3)]
+model = FedFNNRecommender(2, clients_per_round=1.0).fit(two_clients)
+found["clients"] = [model.client_ids_.tolist(), model.user_factors_.tolist()]
+model.set_callbacks(DieInTheSecondRound())
+if rank == 1:
+    print(json.dumps(found), flush=True)
+found["one_dies"] = caught(lambda: model.fit(two_clients), RuntimeError)
 print(json.dumps(found))
 """
 
@@ -98,7 +122,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def three(launch):
     ended = launch(3, "-c", PROGRAM, FEDRECSK_TIMEOUT="60")
-    assert [code for code, _, _ in ended] == [0, 0, 0], ended
+    assert [code for code, _, _ in ended] == [0, -signal.SIGKILL, 0], ended
     return [json.loads(out.splitlines()[-1]) for _, out, _ in ended]
 
 
@@ -154,10 +178,26 @@ def test_a_process_that_does_not_answer_ends_the_fit_in_time(three):
     for rank in (0, 2):
         kind, message, seconds = three[rank]["one_hangs"]
         assert kind == "RuntimeError"
-        assert "within 1 s" in message
+        assert "within 0.5 s" in message
         assert "FEDRECSK_TIMEOUT" in message
-        assert seconds < 3.5
+        assert seconds < 1.5
     assert three[1]["one_hangs"][0] == "RuntimeError"  # and it does not go on by itself
+
+
+def test_more_processes_than_clients_fit_the_same_model(three):
+    ids, factors = three[0]["clients"]
+    assert ids == [0, 1]
+    assert np.abs(factors).max() > 0.1
+    assert three[1]["clients"] == three[2]["clients"] == three[0]["clients"]  # whatever the seed
+
+
+def test_a_process_that_dies_ends_the_fit_in_all(three):
+    for rank in (0, 2):
+        kind, message, seconds = three[rank]["one_dies"]
+        assert kind == "RuntimeError"
+        assert f"Process {rank} of 3 has lost another one" in message
+        assert three[rank]["rounds"] == 2
+        assert seconds < 20  # of the 60 that it would have waited
 
 
 # One process ------------------------------------------------------------------------------------
