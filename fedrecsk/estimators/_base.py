@@ -225,7 +225,8 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
         n_rounds = int(getattr(self, "n_rounds", 1))
         checkpoints = self._checkpoints(data, go_on=go_on)
         context = self._init_callback_context(max_subtasks=n_rounds)
-        context.call_on_fit_task_begin(estimator=self, X=X, y=y)
+        with alone():
+            context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         base: Attributes = {
             "user_ids_": data.users.ids,
             "item_ids_": data.items.ids,
@@ -246,9 +247,10 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
         for name, value in attributes.items():
             setattr(self, name, value)
         self._interactions = data
-        context.call_on_fit_task_end(
-            estimator=self, X=X, y=y, reconstruction_attributes=lambda: attributes
-        )
+        with alone():
+            context.call_on_fit_task_end(
+                estimator=self, X=X, y=y, reconstruction_attributes=lambda: attributes
+            )
         return self
 
     def _checkpoints(self, data: Interactions, *, go_on: bool) -> Checkpoints | None:
