@@ -3,7 +3,11 @@
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,15 +26,26 @@ LAUNCHED = {
     "MASTER_PORT": "1",
 }
 
-# What three processes do together. Each prints what it found as one line of JSON.
+# Three processes, forked so that the imports are paid for once, and what they do together. Each
+# prints what it found as one line of JSON into a file of its own.
 PROGRAM = """
-import json, os, signal, time
+import json, os, signal, sys, time
 import numpy as np, torch
+from fedrecsk import FedFNNRecommender
 from fedrecsk.engine import parallel
 from fedrecsk.engine.parallel import (
     add_up, alone, anywhere, fill_rows, is_main, of_main, own_part, ranks, shares, together)
 
-rank, found = int(os.environ["RANK"]), {}
+processes = []
+for rank in range(3):
+    processes.append(os.fork())
+    if not processes[-1]:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3"}
+        sys.stdout, found = open(f"{sys.argv[1]}/{rank}.json", "w"), {}
+        break
+else:
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(each, 0)[1]) for each in processes]))
+    sys.exit()
 
 def caught(work, *kinds):
     began = time.perf_counter()
@@ -95,7 +110,6 @@ found["one_hangs"] = caught(one_hangs, RuntimeError)
 
 parallel._connection.lost = False
 os.environ["FEDRECSK_TIMEOUT"] = "60"
-from fedrecsk import FedFNNRecommender
 
 class DieInTheSecondRound:
     n_rounds = 0
@@ -120,10 +134,22 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def three(launch):
-    ended = launch(3, "-c", PROGRAM, FEDRECSK_TIMEOUT="60")
-    assert [code for code, _, _ in ended] == [0, -signal.SIGKILL, 0], ended
-    return [json.loads(out.splitlines()[-1]) for _, out, _ in ended]
+def three(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, folder],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | address | {"OMP_NUM_THREADS": "1", "FEDRECSK_TIMEOUT": "60"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert ended.stdout.strip() == json.dumps([0, -signal.SIGKILL, 0]), ended.stderr
+    return [json.loads((folder / f"{rank}.json").read_text().splitlines()[-1]) for rank in range(3)]
 
 
 def test_processes_know_who_they_are_inside_of_a_fit_only(three):
