@@ -8,8 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from fedrecsk.estimators import _base, _language
+from fedrecsk.methods.fellrec import FELLRecState
 from tests.estimators import shared_fits
+from tests.estimators.conftest import tiny_encoder
 
 ROOT = Path(__file__).parents[2]
 # Largest difference between two processes and one, in units of an array's largest number.
@@ -88,3 +92,28 @@ def test_a_fit_that_diverges_does_not_keep_the_next_from_fitting(one, two):
         assert "Training diverged" in found["diverged"]
         expected = one["whole-data / item_factors_"]
         np.testing.assert_allclose(found["afterwards"], expected, atol=TOLERANCE)
+
+
+# In one process ---------------------------------------------------------------------------------
+
+
+def test_parameters_are_described_alike_in_every_process():
+    described = _base._described
+    assert described({"b": 1, "a": (2.0, None)}) == described({"a": [2.0, None], "b": 1})
+    assert described(np.arange(3)) == described([0, 1, 2]) != described([0, 1, 3])
+    assert described(tiny_encoder) == "tiny_encoder"
+    assert described(object()) == described(object())  # no addresses
+
+
+def test_only_the_first_process_writes_checkpoints(monkeypatch, tmp_path):
+    monkeypatch.setattr(_language, "is_main", lambda: False)
+    state = FELLRecState.start({"w": torch.zeros(1, 2)}, aggregation="fellrec")
+    saved = _language.Saved(tmp_path / "here", "mark")
+    saved.write(state, [])
+    assert not (tmp_path / "here").exists()
+    monkeypatch.setattr(_language, "is_main", lambda: True)
+    saved.write(state, [{"loss": 1.0}])
+    assert saved.load(state)[1] == [{"loss": 1.0}]
+    monkeypatch.setattr(_language, "of_main", lambda n_rounds: 3)
+    with pytest.raises(ValueError, match="has 1 rounds here and another number in process 0"):
+        saved.load(state)
