@@ -23,7 +23,7 @@ from sklearn.utils.validation import check_is_fitted
 from fedrecsk.data.interactions import Columns, Interactions, encode, merge, read_columns
 from fedrecsk.data.vocabulary import Vocabulary
 from fedrecsk.engine.checkpoints import Checkpoints, describe, fingerprint
-from fedrecsk.engine.parallel import alone, is_main, together
+from fedrecsk.engine.parallel import alone, is_main, of_main, ranks, together
 from fedrecsk.engine.rounds import Progress, Record
 from fedrecsk.engine.shards import concatenate_ranges
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
@@ -274,9 +274,7 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
         described = {name: describe(parameters[name]) for name in kept}
         if isinstance(parameters.get("random_state"), np.random.RandomState):
             described["random_state"] = "RandomState"  # the first process draws the seed for all
-        marks = {
-            part: fingerprint(value) for part, value in self._parts(data, go_on=go_on).items()
-        }
+        marks = {part: fingerprint(value) for part, value in self._parts(data, go_on=go_on).items()}
         return {**marks, "parameters": fingerprint([type(self).__name__, described])}
 
     def _parts(self, data: Interactions, *, go_on: bool) -> dict[str, object]:
@@ -555,6 +553,12 @@ class RoundWatch:
         if self._checkpoints is None:
             return None
         progress = self._checkpoints.load(start, self._n_rounds)
+        done = 0 if progress is None else len(progress.history)
+        if done != of_main(done):
+            raise ValueError(
+                f"The checkpoint in {self._checkpoints.folder} has {done} rounds here and another "
+                "number in process 0. Name a folder that all processes of the fit can read."
+            )
         self._history = [] if progress is None else list(progress.history)
         for _ in self._history:
             # Callbacks hear nothing of these rounds, but the numbers of tasks are theirs.
@@ -563,8 +567,10 @@ class RoundWatch:
 
     @property
     def save(self) -> Callable[[Progress[Any]], None] | None:
-        """What writes a checkpoint, if there shall be one."""
-        return None if self._checkpoints is None else self._checkpoints.save
+        """What writes a checkpoint, if there shall be one; of several processes the first does."""
+        if self._checkpoints is None or ranks().rank:
+            return None
+        return self._checkpoints.save
 
     @property
     def save_every(self) -> int:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from fedrecsk.estimators import _base, _language
-from fedrecsk.methods.fellrec import FELLRecState
+from fedrecsk import FedFNNRecommender
+from fedrecsk.data import encode
+from fedrecsk.engine.parallel import Ranks
+from fedrecsk.estimators import _base
 from tests.estimators import shared_fits
-from tests.estimators.conftest import tiny_encoder
 
 ROOT = Path(__file__).parents[2]
 # Largest difference between two processes and one, in units of an array's largest number.
@@ -81,10 +81,12 @@ def test_a_callback_of_one_process_stops_all(two):
     assert [found["n_rounds"] for _, found in two[0]] == [2, 2]
 
 
-@pytest.mark.parametrize("what", ["data", "parameters"])
-def test_processes_with_different_input_are_refused(two, what):
+@pytest.mark.parametrize(
+    ("what", "called"), [("data", "interactions"), ("parameters", "parameters")]
+)
+def test_processes_with_different_input_are_refused(two, what, called):
     for _, found in two[0]:
-        assert f"must be given the same {what}; that of process 1 is not" in found[what]
+        assert f"must be given the same {called}; that of process 1 is not" in found[what]
 
 
 def test_a_fit_that_diverges_does_not_keep_the_next_from_fitting(one, two):
@@ -97,23 +99,31 @@ def test_a_fit_that_diverges_does_not_keep_the_next_from_fitting(one, two):
 # In one process ---------------------------------------------------------------------------------
 
 
-def test_parameters_are_described_alike_in_every_process():
-    described = _base._described
-    assert described({"b": 1, "a": (2.0, None)}) == described({"a": [2.0, None], "b": 1})
-    assert described(np.arange(3)) == described([0, 1, 2]) != described([0, 1, 3])
-    assert described(tiny_encoder) == "tiny_encoder"
-    assert described(object()) == described(object())  # no addresses
+def marks_of(**changes):
+    model = FedFNNRecommender(n_factors=4, **changes)
+    return model._marks(encode([[0, 1], [1, 2]]), go_on=False)
+
+
+def test_what_processes_must_be_given_alike():
+    same = marks_of(random_state=0)
+    assert marks_of(random_state=0, verbose=2, device="cpu", checkpoint="here") == same
+    for changes in ({"random_state": 1}, {"random_state": 0, "l2": 0.5}):
+        other = marks_of(**changes)
+        assert {name for name in same if other[name] != same[name]} == {"parameters"}
+    # One draws the seed for all; the generators are objects of their own in every process.
+    drawn = [marks_of(random_state=np.random.RandomState(seed)) for seed in (0, 1)]
+    assert drawn[0] == drawn[1]
 
 
 def test_only_the_first_process_writes_checkpoints(monkeypatch, tmp_path):
-    monkeypatch.setattr(_language, "is_main", lambda: False)
-    state = FELLRecState.start({"w": torch.zeros(1, 2)}, aggregation="fellrec")
-    saved = _language.Saved(tmp_path / "here", "mark")
-    saved.write(state, [])
-    assert not (tmp_path / "here").exists()
-    monkeypatch.setattr(_language, "is_main", lambda: True)
-    saved.write(state, [{"loss": 1.0}])
-    assert saved.load(state)[1] == [{"loss": 1.0}]
-    monkeypatch.setattr(_language, "of_main", lambda n_rounds: 3)
-    with pytest.raises(ValueError, match="has 1 rounds here and another number in process 0"):
-        saved.load(state)
+    settings = {"n_factors": 4, "random_state": 0, "checkpoint": tmp_path}
+    rows = [[user, item] for user in range(6) for item in range(user % 3, 6, 2)]
+    monkeypatch.setattr(_base, "ranks", lambda: Ranks(1, 2))
+    FedFNNRecommender(n_rounds=2, **settings).fit(rows)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(_base, "ranks", lambda: Ranks(0, 2))
+    FedFNNRecommender(n_rounds=2, **settings).fit(rows)
+    assert list(tmp_path.iterdir())
+    monkeypatch.setattr(_base, "of_main", lambda n_rounds: 3)
+    with pytest.raises(ValueError, match="has 2 rounds here and another number in process 0"):
+        FedFNNRecommender(n_rounds=3, **settings).fit(rows)
