@@ -78,8 +78,18 @@ def epoch_cohort(
     >>> epoch_cohort(np.array([1, 0, 1, 0, 2]), 2, np.random.default_rng(0)).tolist()
     [1, 3]
     """
-    order = np.lexsort((rng.random(len(turns)), turns))
-    return np.sort(order[:size]).astype(np.int64)
+    chosen: list[NDArray[np.int64]] = []
+    missing, level = size, int(turns.min(initial=0))
+    while missing:
+        # Nearly always one level or two: a sort of all clients would cost more than their round.
+        among = np.flatnonzero(turns == level)
+        n = min(missing, len(among))
+        chosen.append(
+            among if n == len(among) else rng.choice(among, n, replace=False, shuffle=False)
+        )
+        missing -= n
+        level = int(np.min(turns, where=turns > level, initial=np.iinfo(np.int64).max))
+    return np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *chosen]))
 
 
 def stratified_cohort(

@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedrecsk.data.vocabulary import distinct
+
 # Padded rows in a chunk: a few MiB of float32 rows stay in a CPU's cache over all local epochs;
 # a GPU wants launches large enough to fill it.
 CPU_CHUNK_ROWS = 65_536
@@ -148,7 +150,7 @@ class ClientShards:
         order = np.lexsort((item, place[user]))
         counts = np.bincount(place[user], minlength=n_users)
         per_client = np.bincount(user_client, minlength=n_clients)
-        held = np.unique(user_client[user] * n_items + item)
+        held = distinct(user_client[user] * n_items + item)
         items = torch.from_numpy(np.ascontiguousarray(item[order], dtype=np.int64))
         return cls(
             n_clients=n_clients,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrecsk.data.interactions import Interactions
-from fedrecsk.data.vocabulary import Vocabulary
+from fedrecsk.data.vocabulary import Vocabulary, distinct
 from fedrecsk.engine.local import Optimizer
 from fedrecsk.engine.rounds import EarlyStopping, Record, run_rounds
 from fedrecsk.engine.shards import ClientShards, concatenate_ranges
@@ -112,7 +112,7 @@ def hold_out(
     rank[order] = np.arange(len(data)) - starts[data.user[order]]
     share = np.minimum(np.ceil(fraction * counts), counts - 1)
     held = rank < share[data.user]
-    users = np.unique(data.user[held])
+    users = distinct(data.user[held])
     if len(users) == 0:
         raise ValueError(
             "early_stopping=True needs users with at least two interactions to hold some out; "
@@ -241,7 +241,7 @@ def fit_factors(
 
     stopping = None
     if validation is not None:
-        holders = np.unique(data.user_client[validation.users])
+        holders = distinct(data.user_client[validation.users])
 
         def evaluate(state: FactorState) -> float:
             users = served_factors(state) if refit is None else refit(state, holders)

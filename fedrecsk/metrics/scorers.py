@@ -27,7 +27,7 @@ from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_is_fitted
 
 from fedrecsk.data.interactions import read_columns
-from fedrecsk.data.vocabulary import Vocabulary
+from fedrecsk.data.vocabulary import Vocabulary, distinct
 from fedrecsk.exceptions import NothingHeldOutError
 from fedrecsk.metrics.balance import client_balance
 from fedrecsk.metrics.ranking import (
@@ -422,7 +422,7 @@ def _held_out(
     truth, (n_users,), which also counts items unknown to fit.
     """
     items, item_of_row = Vocabulary.from_values(item_of_row)
-    pairs = np.unique(user_of_row * len(items) + item_of_row)
+    pairs = distinct(user_of_row * len(items) + item_of_row)
     user, item = np.divmod(pairs, max(len(items), 1))
     item = Vocabulary(estimator.item_ids_).encode(items.ids)[0][item]  # -1 unknown
     fit_user, known_user = Vocabulary(estimator.user_ids_).encode(users.ids)

@@ -238,7 +238,7 @@ ONE = {"user_id": [1], "item_id": [2]}
         ([[[1], 2], [[3, 4], 5]], TypeError, "argument must be .* string.* number, not 'list'"),
         (sp.csr_array(np.eye(3)), TypeError, "Sparse .*interactions_from_sparse"),
         (sp.coo_matrix(np.eye(3)), TypeError, "Sparse .*interactions_from_sparse"),
-        (np.matrix([[1, 2]]), TypeError, "np.matrix is not supported"),
+        (np.array([[1, 2]]).view(np.matrix), TypeError, "np.matrix is not supported"),
         (np.ma.masked_equal([[1, 2], [3, 4]], 2), ValueError, "X has 1 masked values"),
         (pd.DataFrame({"user_id": [1]}), ValueError, "lacks the column item_id; it has user_id"),
         (

@@ -8,7 +8,7 @@ import pandas as pd
 import polars as pl
 import pytest
 
-from fedrecsk.data.vocabulary import Vocabulary, as_ids
+from fedrecsk.data.vocabulary import Vocabulary, as_ids, distinct
 
 COLUMNS = {
     "ints": [5, 3, 5, -7, 10**9],
@@ -199,3 +199,12 @@ def test_messages_without_a_column_name_the_argument():
         as_ids([None], source="client_ids")
     with pytest.raises(TypeError, match="mixed in client_ids, such as"):
         as_ids([1, "a"], source="client_ids")
+
+
+@pytest.mark.parametrize(
+    "values", [[], [3], [3, 1, 3, 3, 2], [10**15, -5, 10**15], [0.5, 0.25, 0.5], ["b", "a", "b"]]
+)
+def test_distinct_values_are_those_of_a_set(values):
+    array = np.array(values)
+    assert distinct(array).tolist() == sorted(set(values))
+    assert array.tolist() == values
