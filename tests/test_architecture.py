@@ -218,7 +218,7 @@ def test_import_adds_little_to_its_dependencies():
         "import time, torch, sklearn.base, sklearn.callback, sklearn.pipeline, narwhals.stable.v2;"
         "began = time.process_time(); import fedrecsk; print(time.process_time() - began)"
     )
-    assert float(seconds) < 0.25
+    assert float(seconds) < 0.5  # .2 on an idle machine
 
 
 def test_optional_packages_are_optional():

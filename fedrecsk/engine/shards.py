@@ -16,8 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedrecsk.data.vocabulary import distinct
-
 # Padded rows in a chunk: a few MiB of float32 rows stay in a CPU's cache over all local epochs;
 # a GPU wants launches large enough to fill it.
 CPU_CHUNK_ROWS = 65_536
@@ -150,7 +148,9 @@ class ClientShards:
         order = np.lexsort((item, place[user]))
         counts = np.bincount(place[user], minlength=n_users)
         per_client = np.bincount(user_client, minlength=n_clients)
-        held = distinct(user_client[user] * n_items + item)
+        # Not numpy.unique, whose hash table takes 70 times as long for numbers this large.
+        held = np.sort(user_client[user] * n_items + item)
+        held = held[np.diff(held, prepend=-1) > 0]
         items = torch.from_numpy(np.ascontiguousarray(item[order], dtype=np.int64))
         return cls(
             n_clients=n_clients,
