@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -168,16 +169,27 @@ class ClientShards:
         """Where the rows live."""
         return self.items.device
 
-    @property
+    # Kept, since a round must not cost more the more clients take no part in it.
+    @cached_property
     def client_rows(self) -> NDArray[np.int64]:
         """Number of interactions of each client, shape (n_clients,)."""
         return np.diff(self.row_offsets[self.client_offsets])
 
-    @property
+    @cached_property
+    def client_users(self) -> NDArray[np.int64]:
+        """Number of users of each client, shape (n_clients,)."""
+        return np.diff(self.client_offsets)
+
+    @cached_property
+    def place_rows(self) -> NDArray[np.int64]:
+        """Number of interactions of each user, shape (n_users,), in the order of `users`."""
+        return np.diff(self.row_offsets)
+
+    @cached_property
     def user_rows(self) -> NDArray[np.int64]:
         """Number of interactions of each user, shape (n_users,), by user code."""
         rows = np.empty(self.n_users, dtype=np.int64)
-        rows[self.users] = np.diff(self.row_offsets)
+        rows[self.users] = self.place_rows
         return rows
 
     def users_of(self, clients: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -197,7 +209,7 @@ class ClientShards:
         Cohort
         """
         clients = np.asarray(clients, dtype=np.int64)
-        per_client = np.diff(self.client_offsets)[clients]
+        per_client = self.client_users[clients]
         owner = np.repeat(np.arange(len(clients)), per_client)
         return self._cut(clients, concatenate_ranges(self.client_offsets, clients), owner)
 
@@ -243,8 +255,8 @@ class ClientShards:
         """
         clients = np.asarray(clients, dtype=np.int64)
         slots = concatenate_ranges(self.client_offsets, clients)
-        holder = np.repeat(clients, np.diff(self.client_offsets)[clients])
-        sizes = np.diff(self.row_offsets)[slots]
+        holder = np.repeat(clients, self.client_users[clients])
+        sizes = self.place_rows[slots]
         for part in self._by_size(sizes * rows_per_interaction):
             yield self._cut(holder[part], slots[part], np.arange(len(part)))
 
@@ -252,7 +264,7 @@ class ClientShards:
         self, clients: NDArray[np.int64], slots: NDArray[np.int64], owner: NDArray[np.int64]
     ) -> Cohort:
         """Build a cohort from places in `users` and the position of each one's client."""
-        counts = np.diff(self.row_offsets)[slots]
+        counts = self.place_rows[slots]
         rows = torch.from_numpy(concatenate_ranges(self.row_offsets, slots)).to(self.device)
         return Cohort(
             clients=clients,

@@ -436,7 +436,8 @@ def model_attributes(
     table, n_factors = item_table.cpu().numpy(), users.shape[1]
     bias = table[:, n_factors] if table.shape[1] > n_factors else np.zeros(len(table), table.dtype)
     return {
-        "user_factors_": users.cpu().numpy(),
+        # A copy: the rounds to come may write into the state.
+        "user_factors_": users.cpu().numpy().copy(),
         "item_factors_": np.ascontiguousarray(table[:, :n_factors]),
         "item_bias_": np.ascontiguousarray(bias),
         "network_": flat_head(head).cpu().numpy(),

@@ -559,6 +559,8 @@ def simulate_fedfnn(
         penalty_strength = whole_data.default_l2(*sizes)
     else:
         penalty_strength = AUTO_BCE_L2["newton" if server is None else "plain"]
+    # Nobody asks for an earlier state: neither a predictor, nor early stopping for the best one.
+    in_place = kind is None and not early_stopping
     head: Head = {}
     if model != "mf":
         head = init_head(n_factors, streams=streams, device=shards.device)
@@ -589,6 +591,7 @@ def simulate_fedfnn(
                 server_optimizer=server,
                 forgetting=forgetting,
                 decay=STATISTICS_DECAY,
+                in_place=in_place,
             )
 
         def fit_users(state: FactorState, clients: NDArray[np.int64]) -> Tensor:
@@ -628,6 +631,7 @@ def simulate_fedfnn(
                 else float(server_learning_rate),
                 decay=STATISTICS_DECAY,
                 item_curvature=item_curvature,
+                in_place=in_place,
             )
 
         def fit_users(state: FactorState, clients: NDArray[np.int64]) -> Tensor:

@@ -218,13 +218,14 @@ def bce_step(
     server_optimizer: Optimizer | None,
     forgetting: float | None = None,
     decay: float = 0.9,
+    in_place: bool = False,
 ) -> tuple[FactorState, Logs]:
     """Train the delegates with sampled-negative binary cross-entropy and aggregate.
 
     Parameters
     ----------
     state : FactorState
-        Not changed.
+        Not changed, unless `in_place`.
     shards : ClientShards
     delegates : ndarray of int64
         Codes of the clients that take part.
@@ -245,6 +246,9 @@ def bce_step(
     forgetting, decay : float
         Of the quasi-Newton step; None: a forgetting that follows from the participation,
         `whole_data.steady_rate`.
+    in_place : bool, default=False
+        Write what belongs to single users and clients into the tensors of `state`, which must not
+        be read any more. Else all users are copied, also those who take no part.
 
     Returns
     -------
@@ -256,7 +260,7 @@ def bce_step(
     client_rows = shards.client_rows
     total_rows = float(max(client_rows[delegates].sum(), 1))
     numerator, denominator = torch.zeros_like(table), table.new_zeros(len(table), 1)
-    user_factors = state.user_factors.clone()
+    user_factors = state.user_factors if in_place else state.user_factors.clone()
     head_change = {name: torch.zeros_like(value) for name, value in state.head.items()}
     curvature, gram = table.new_zeros(len(table)), table.new_zeros(table.shape[1], table.shape[1])
     losses, n_examples = table.new_zeros(()), table.new_zeros(())
@@ -353,8 +357,8 @@ def bce_step(
         moments=moments,
         head_moments=head_moments,
         statistics=statistics,
-        times_sampled=_counted(state, shards, delegates),
-        turns=_taken(state, delegates),
+        times_sampled=_counted(state, shards, delegates, in_place=in_place),
+        turns=_taken(state, delegates, in_place=in_place),
     )
     return new, logs
 
@@ -437,6 +441,7 @@ def whole_data_step(
     server_learning_rate: float | None,
     decay: float,
     item_curvature: bool,
+    in_place: bool = False,
 ) -> tuple[FactorState, Logs]:
     """Solve the delegates exactly and take a quasi-Newton step on the server.
 
@@ -448,6 +453,8 @@ def whole_data_step(
         See `fedrecsk.models.whole_data`.
     server_learning_rate : float or None
         η; None follows from the participation, `whole_data.default_rate`.
+    in_place : bool, default=False
+        See `bce_step`.
 
     Returns
     -------
@@ -457,7 +464,7 @@ def whole_data_step(
     items = state.item_table
     gram = items.T @ items
     mean_user_rows = len(shards.items) / shards.n_users
-    user_factors = state.user_factors.clone()
+    user_factors = state.user_factors if in_place else state.user_factors.clone()
     total = whole_data.Sums.zero(shards.n_items, items.shape[1], items.device)
     parts = shares(delegates, shards.client_rows[delegates])
     for cohort in shards.user_chunks(own_part(parts)):
@@ -504,8 +511,8 @@ def whole_data_step(
         user_factors=user_factors,
         item_table=moved,
         statistics=statistics,
-        times_sampled=_counted(state, shards, delegates),
-        turns=_taken(state, delegates),
+        times_sampled=_counted(state, shards, delegates, in_place=in_place),
+        turns=_taken(state, delegates, in_place=in_place),
     )
     return new, logs
 
@@ -629,16 +636,20 @@ def _users(state: FactorState, shards: ClientShards, delegates: NDArray[np.int64
     return torch.from_numpy(shards.users_of(delegates)).to(state.user_factors.device)
 
 
-def _counted(state: FactorState, shards: ClientShards, delegates: NDArray[np.int64]) -> Tensor:
+def _counted(
+    state: FactorState, shards: ClientShards, delegates: NDArray[np.int64], *, in_place: bool
+) -> Tensor:
     """Return `times_sampled` after another round with these delegates."""
-    times_sampled = state.times_sampled.clone()
+    times_sampled = state.times_sampled if in_place else state.times_sampled.clone()
     times_sampled[_users(state, shards, delegates)] += 1
     return times_sampled
 
 
-def _taken(state: FactorState, delegates: NDArray[np.int64]) -> NDArray[np.int64]:
+def _taken(
+    state: FactorState, delegates: NDArray[np.int64], *, in_place: bool
+) -> NDArray[np.int64]:
     """Return `turns` after another round with these delegates."""
-    turns = state.turns.copy()
+    turns = state.turns if in_place else state.turns.copy()
     turns[delegates] += 1
     return turns
 

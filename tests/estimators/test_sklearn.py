@@ -504,6 +504,17 @@ def test_a_callback_may_stop_the_fit(trainable, obvious, assert_same_fit):
     assert callback.torn_down == 2
 
 
+def test_what_a_callback_got_stays_as_it_was(obvious):
+    """Though rounds may write into the state that it was made of."""
+    settings = {"clients_per_round": 5, "predictor": None, "refit": False, "random_state": 0}
+    callback = Watch()
+    FedFNNRecommender(n_rounds=3, **settings).set_callbacks(callback).fit(obvious)
+    for n, seen in enumerate(callback.models, start=1):
+        short = FedFNNRecommender(n_rounds=n, **settings).fit(obvious)
+        np.testing.assert_array_equal(seen.user_factors_, short.user_factors_)
+        np.testing.assert_array_equal(seen.times_sampled_, short.times_sampled_)
+
+
 def test_a_callback_gets_a_fitted_estimator(typical, obvious):
     callback = Watch()
     client_ids = obvious[:, 0] // 2

@@ -630,6 +630,24 @@ def test_a_step_leaves_its_state_alone(shards, step, predictor, anchor):
         state = after
 
 
+@STEPS_ON_FEDERATIONS
+def test_a_step_in_place_is_the_same_step(shards, step):
+    server = Optimizer("adam", 0.05)
+    changes = {"server_optimizer": server} if step is bce else {}
+    copying, writing = (start(shards, server=server, neural=step is bce) for _ in range(2))
+    for t in range(3):
+        before = writing
+        copying, logs = step(copying, shards, t, **changes)
+        writing, same = step(writing, shards, t, in_place=True, **changes)
+        assert logs == same
+        for name, value in tensors_of(copying).items():
+            assert torch.equal(value, tensors_of(writing)[name]), name
+        # Where nothing depends on the clients that took no part, nothing is copied.
+        assert writing.user_factors is before.user_factors
+        assert writing.times_sampled is before.times_sampled
+        assert writing.turns is before.turns
+
+
 @pytest.mark.threads
 @pytest.mark.parametrize("step", [bce, exact], ids=["bce", "whole-data"])
 def test_one_and_two_threads_agree(step):
