@@ -52,7 +52,10 @@ WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 MAIN = ("local only", "FedAvg", "FELLRec")
 # What each method is, and whose candidate it takes: families are tuned on their own.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "untrained": ("untrained", {"aggregation": "fedavg", "n_rounds": 1}),
+    "untrained": (
+        "untrained",
+        {"aggregation": "fedavg", "n_rounds": 1, "learning_rate": 1e-12},
+    ),
     "local only": ("local only", {"aggregation": "local"}),
     "FedAvg": ("FedAvg", {"aggregation": "fedavg"}),
     "FedAvg, clients alike": ("FedAvg", {"aggregation": "fedavg", "client_weights": "clients"}),
@@ -283,7 +286,14 @@ def compare(
         for name in dict.fromkeys(family for family, _ in methods.values())
         if name not in tuning
     }
-    tuning |= tune(split, common, families, arguments.jobs, arguments.quick)
+    if arguments.learning_rate is None:
+        tuning |= tune(split, common, families, arguments.jobs, arguments.quick)
+    else:
+        given = {
+            "learning_rate": arguments.learning_rate,
+            "popularity_weight": arguments.popularity_weight,
+        }
+        tuning |= {name: {"candidates": [], "chosen": given} for name in families}
     split = source("test")
     tasks = [
         (name, seed) for name in methods for seed in range(arguments.seeds if name in MAIN else 1)
@@ -305,6 +315,7 @@ def compare(
     users = np.unique(split.held_out[:, 0])
     sizes = np.bincount([split.platform_of[user] for user in users], minlength=N_PLATFORMS)
     return {
+        **{key: getattr(arguments, key) for key in ("rounds", "max_tokens", "dtype")},
         "users": len(split.platform_of),
         "test_users": len(users),
         "test_users_by_platform": sizes.tolist(),
@@ -347,19 +358,19 @@ def lead(results: Mapping[str, Any], over: str, key: str = "recall@10") -> float
     return ours / theirs - 1.0 if theirs else float("nan")
 
 
-def goals_of(name: str, compared: Mapping[str, Any], backend: str) -> list[Goal]:
-    """State what is to be shown on one data set."""
+def goals_of(name: str, compared: Mapping[str, Any], kind: str) -> list[Goal]:
+    """State what is to be shown on one data set; the kind is the backend and the model."""
     results = compared["results"]
     if "FELLRec" not in results or "FedAvg" not in results:
         return []
-    label = f"{name}, {backend}"
+    label, is_encoder = f"{name}, {kind}", kind.startswith("encoder")
     over_popularity = statistics.fmean(results["FELLRec"]["recall@10"]) / max(
         statistics.fmean(results["popularity"]["recall@10"]), 1e-9
     )
     found = [Goal(f"{label}: recall@10, times popularity's", over_popularity, 1.0)]
-    target = CLAIMED.get(name, 0.0) if backend == "encoder" else 0.0
+    target = CLAIMED.get(name, 0.0) if is_encoder else 0.0
     found.append(Goal(f"{label}: lead over FedAvg", lead(results, "FedAvg"), target))
-    if backend == "encoder":
+    if is_encoder:
         found += [
             Goal(f"{label}: worst platform, lead", lead(results, "FedAvg", "worst"), 0.0),
             Goal(f"{label}: spread, lead", lead(results, "FedAvg", "spread"), 0.0, at_least=False),
@@ -376,7 +387,10 @@ def command_line(arguments: argparse.Namespace) -> str:
         words += ["--backend", backend]
     if arguments.backbone is not None:
         words += ["--backbone", arguments.label or arguments.backbone]
-    for option in ("users", "test_users", "rounds", "max_tokens", "dtype", "seeds"):
+    options = ["users", "test_users", "rounds", "max_tokens", "dtype", "seeds"]
+    if arguments.learning_rate is not None:
+        options += ["learning_rate", "popularity_weight"]
+    for option in options:
         if getattr(arguments, option) is not None:
             words += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]
     for method in arguments.methods or ():
@@ -402,6 +416,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--append", action="store_true", help="keep what the JSON has of other methods and data"
     )
+    parser.add_argument("--learning-rate", type=float, help="given and not tuned")
+    parser.add_argument("--popularity-weight", type=float, default=0.0, help="with the former")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a minute at most")
@@ -426,26 +442,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return read(folder, part, arguments.users, arguments.test_users)
 
             name = "made-up" if folder is None else folder.name
-            before = results.get(name, {}).get(backend, {})
+            kind = f"{backend}, {arguments.label or arguments.backbone or 'compact'}"
+            before = results.get(name, {}).get(kind, {})
             compared = compare(arguments, source, backend, before)
-            results.setdefault(name, {})[backend] = compared
-            print(format_table([f"{name}, {backend}", *HEADER[1:]], table(compared)))
+            results.setdefault(name, {})[kind] = compared
+            print(format_table([f"{name}, {kind}", *HEADER[1:]], table(compared)))
             goals = [
                 goal
-                for label, backends in results.items()
-                for each, found in backends.items()
+                for label, kinds in results.items()
+                for each, found in kinds.items()
                 for goal in ([] if arguments.quick else goals_of(label, found, each))
             ]
-            model = arguments.label or arguments.backbone or "compact"
-            settings = {key: getattr(arguments, key) for key in ("rounds", "max_tokens", "dtype")}
-            report = {
-                "command": commands[0],
-                "commands": commands,
-                "backbone": model,
-                **settings,
-                "seeds": arguments.seeds,
-                "data": results,
-            }
+            report = {"command": commands[0], "commands": commands, "data": results}
             write_json(arguments, SCRIPT, report, goals)
     print("\n".join(map(str, goals)) or "goals: none with --quick")
     return 0

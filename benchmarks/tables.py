@@ -183,11 +183,11 @@ def fedfnn_cost_section(report: Report) -> str:
 def fellrec_balance_section(report: Report) -> str:
     """One table for each data set and backend, and what was chosen on the validation part."""
     parts = [origin(report)]
-    for name, backends in report["data"].items():
-        for backend, compared in backends.items():
+    for name, kinds in report["data"].items():
+        for kind, compared in kinds.items():
             parts.append(
-                f"**{name}, {backend} ({report['backbone']}): {compared['users']:,} users, "
-                f"{compared['test_users']:,} of them judged, {compared['items']:,} items**"
+                f"**{name}, {kind}: {compared['users']:,} users, {compared['test_users']:,} of them "
+                f"judged, {compared['items']:,} items, {compared['rounds']} rounds**"
             )
             parts.append(markdown(balance.HEADER, balance.table(compared)))
             chosen = [
@@ -202,9 +202,9 @@ def fellrec_balance_summary(report: Report) -> str:
     """One table: recall@10 of every method on every data set."""
     cells: dict[str, dict[str, str]] = {}
     columns = []
-    for name, backends in report["data"].items():
-        for backend, compared in backends.items():
-            columns.append(f"{name}, {backend}")
+    for name, kinds in report["data"].items():
+        for kind, compared in kinds.items():
+            columns.append(f"{name}, {kind}")
             for method, result in compared["results"].items():
                 value = statistics.fmean(result["recall@10"])
                 cells.setdefault(method, {})[columns[-1]] = f"{value:.4f}"

@@ -983,23 +983,25 @@ def test_balance_runs_appends_and_writes(tmp_path):
     out = tmp_path / "fellrec_balance.json"
     words = ["--quick", "--seeds", "1", "--out", str(out), "--append"]
     assert balance.main([*words, "--methods", "FedAvg"]) == 0
-    assert balance.main([*words, "--methods", "FELLRec"]) == 0
+    given = ["--learning-rate", "0.008", "--popularity-weight", "0.5"]
+    assert balance.main([*words, "--methods", "FELLRec", *given]) == 0
     report = json.loads(out.read_text())
     assert str(tmp_path) not in out.read_text()
     assert len(report["commands"]) == 2
-    compared = report["data"]["made-up"]["encoder"]
+    compared = report["data"]["made-up"]["encoder, compact"]
     assert {"popularity", "FedAvg", "FELLRec"} <= set(compared["results"])
     ours = compared["results"]["FELLRec"]
     assert ours["worst"][0] == min(ours["clients"][0]) <= ours["recall@10"][0]
     assert sum(compared["test_users_by_platform"]) == compared["test_users"]
-    goals = balance.goals_of("made-up", compared, "encoder")
+    goals = balance.goals_of("made-up", compared, "encoder, compact")
     assert goals[1].value == pytest.approx(
         ours["recall@10"][0] / compared["results"]["FedAvg"]["recall@10"][0] - 1
     )
     text = "<!-- fellrec_balance -->\n<!-- /fellrec_balance -->"
     filled = tables.rewrite(text, {"fellrec_balance": report}, tables.SECTIONS)
     assert "| FELLRec |" in filled
-    assert "Tuned: FedAvg: learning_rate 0.008" in filled
+    assert "Tuned: FedAvg: learning_rate 0.004" in filled
+    assert "FELLRec: learning_rate 0.008, popularity_weight 0.5." in filled
 
 
 # ------------------------------------------------------------ fellrec_split
