@@ -98,6 +98,20 @@ def test_beats_popularity_with_the_offline_model():
     assert opened.set_params(n_rounds=1).partial_fit([[0, 0], [999, 1]], [0, 0]).n_rounds_ >= 2
 
 
+def test_travels_with_a_backbone_that_is_written_in_a_notebook(make, tiny_backbones):
+    """Dask and ray send functions by value with cloudpickle, where pickle would refuse them."""
+    cloudpickle = pytest.importorskip("cloudpickle", reason="dask, which sends with it, is missing")
+    model = make(n_rounds=1).set_params(backbone=lambda: tiny_backbones["tiny_encoder"]())
+    opened = pickle.loads(cloudpickle.dumps(model)).fit(X, CLIENTS)
+    model.fit(X, CLIENTS)
+    with pytest.raises((pickle.PicklingError, AttributeError), match=r"local|lambda"):
+        pickle.dumps(model)
+    again = pickle.loads(cloudpickle.dumps(model))
+    for other in (opened, again):
+        np.testing.assert_array_equal(other.recommend(k=5)[1], model.recommend(k=5)[1])
+    assert again.partial_fit([[0, 0], [999, 1]], [0, 0]).n_rounds_ == 2
+
+
 def test_seen_items_are_masked_and_held_out_ones_too(make):
     model = make(early_stopping=True).fit(X, CLIENTS)
     ids, scores = model.recommend(k=N_ITEMS - 7)
