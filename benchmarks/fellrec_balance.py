@@ -46,7 +46,7 @@ METRICS = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
 CLAIMED = {"amazon-games": 0.181, "microlens-50k": 0.254}
 # What every family chooses from. A weight of the popularity needs no fit of its own, since vectors
 # learn lift without it.
-RATES = {"compact": (4e-3, 8e-3), "encoder": (5e-4, 1e-3), "causal": (2e-4, 5e-4)}
+RATES = {"compact": (8e-3, 16e-3), "encoder": (5e-4, 1e-3), "causal": (2e-4, 5e-4)}
 WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 # Methods that are judged with every seed; the others with the first.
 MAIN = ("local only", "FedAvg", "FELLRec")
@@ -75,6 +75,8 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "similarity of products": ("FELLRec", {"similarity_on": "product"}),
     "slower heating": ("FELLRec", {"heating_exponent": "(t+1)/beta"}),
     "probability instead of lift": ("FELLRec", {"objective": "probability", "n_negatives": 64}),
+    "constant learning rate": ("FELLRec", {"learning_rate_schedule": "constant"}),
+    "temperature .05": ("FELLRec", {"temperature": 0.05}),
     "without popularity": ("FELLRec", {"popularity_weight": 0.0}),
     "best adapters by validation": ("FELLRec", {"early_stopping": True}),
 }

@@ -186,8 +186,8 @@ def fellrec_balance_section(report: Report) -> str:
     for name, kinds in report["data"].items():
         for kind, compared in kinds.items():
             parts.append(
-                f"**{name}, {kind}: {compared['users']:,} users, {compared['test_users']:,} of them "
-                f"judged, {compared['items']:,} items, {compared['rounds']} rounds**"
+                f"**{name}, {kind}: {compared['users']:,} users, {compared['test_users']:,} "
+                f"of them judged, {compared['items']:,} items, {compared['rounds']} rounds**"
             )
             parts.append(markdown(balance.HEADER, balance.table(compared)))
             chosen = [

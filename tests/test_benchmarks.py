@@ -983,7 +983,7 @@ def test_balance_runs_appends_and_writes(tmp_path):
     out = tmp_path / "fellrec_balance.json"
     words = ["--quick", "--seeds", "1", "--out", str(out), "--append"]
     assert balance.main([*words, "--methods", "FedAvg"]) == 0
-    given = ["--learning-rate", "0.008", "--popularity-weight", "0.5"]
+    given = ["--learning-rate", "0.004", "--popularity-weight", "0.5"]
     assert balance.main([*words, "--methods", "FELLRec", *given]) == 0
     report = json.loads(out.read_text())
     assert str(tmp_path) not in out.read_text()
@@ -1000,8 +1000,8 @@ def test_balance_runs_appends_and_writes(tmp_path):
     text = "<!-- fellrec_balance -->\n<!-- /fellrec_balance -->"
     filled = tables.rewrite(text, {"fellrec_balance": report}, tables.SECTIONS)
     assert "| FELLRec |" in filled
-    assert "Tuned: FedAvg: learning_rate 0.004" in filled
-    assert "FELLRec: learning_rate 0.008, popularity_weight 0.5." in filled
+    assert "Tuned: FedAvg: learning_rate 0.008" in filled
+    assert "FELLRec: learning_rate 0.004, popularity_weight 0.5." in filled
 
 
 # ------------------------------------------------------------ fellrec_split

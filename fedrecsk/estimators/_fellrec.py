@@ -171,6 +171,9 @@ class FELLRecRecommender(BaseRecommender):
         Next items drawn from a user's history in an epoch, anew each time.
     learning_rate : float or "auto", default="auto"
         Of AdamW: 0.008 for compact models, 0.0005 for other encoders, 0.0002 for causal models.
+    learning_rate_schedule : {"linear", "constant"}, default="linear"
+        ``"linear"``: the rate falls with the rounds of a fit, to ``1 / n_rounds`` of it in the
+        last one.
     weight_decay : float, default=0.0
     batch_size : int, default=32
         Examples of a platform in a step.
@@ -211,7 +214,8 @@ class FELLRecRecommender(BaseRecommender):
     checkpoint : str, Path or None, default=None
         Folder to write checkpoints into. A fit that was interrupted goes on from the last one if
         it is called again with the same data and parameters, and ends with the same result;
-        `n_rounds` may differ. Needs an int as `random_state`, and a folder for each fit.
+        `n_rounds` may differ where `learning_rate_schedule` is ``"constant"``. Needs an int as
+        `random_state`, and a folder for each fit.
     checkpoint_every : int, default=1
         Rounds between two checkpoints; the last round is always written.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
@@ -327,6 +331,7 @@ class FELLRecRecommender(BaseRecommender):
         "max_tokens": [Interval(Integral, 1, None, closed="left")],
         "examples_per_user": [Interval(Integral, 1, None, closed="left")],
         "learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
+        "learning_rate_schedule": [StrOptions({"linear", "constant"})],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "gradient_accumulation": [Interval(Integral, 1, None, closed="left")],
@@ -376,6 +381,7 @@ class FELLRecRecommender(BaseRecommender):
         local_epochs: int = 2,
         examples_per_user: int = 1,
         learning_rate: float | Literal["auto"] = "auto",
+        learning_rate_schedule: Literal["linear", "constant"] = "linear",
         weight_decay: float = 0.0,
         batch_size: int = 32,
         gradient_accumulation: int = 1,
@@ -432,6 +438,7 @@ class FELLRecRecommender(BaseRecommender):
         self.local_epochs = local_epochs
         self.examples_per_user = examples_per_user
         self.learning_rate = learning_rate
+        self.learning_rate_schedule = learning_rate_schedule
         self.weight_decay = weight_decay
         self.batch_size = batch_size
         self.gradient_accumulation = gradient_accumulation
@@ -500,8 +507,11 @@ class FELLRecRecommender(BaseRecommender):
         }
 
     def _settings(self) -> Attributes:
-        # The texts are data, whatever form they come in.
-        return {n: value for n, value in super()._settings().items() if n != "item_text"}
+        # Texts are told apart by what was read of them.
+        settings = {n: value for n, value in super()._settings().items() if n != "item_text"}
+        if self.learning_rate_schedule == "linear":  # which goes by the number of rounds
+            settings["n_rounds"] = self.n_rounds
+        return settings
 
     # ------------------------------------------------------------------ the model
 
@@ -606,7 +616,8 @@ class FELLRecRecommender(BaseRecommender):
         )
         if self.popularity_weight == "auto":
             ranking = self._best_popularity(ranking, model, platforms, held_out, start, counts)
-        train = self._local_training(model, sampler, counts, ranking, streams)
+        first_round = 0 if previous is None else int(previous["n_rounds_"])
+        train = self._local_training(model, sampler, counts, ranking, streams, first_round)
         periods = check_periods(self.client_periods, n_clients, model.device)
 
         def step(state: FELLRecState, t: int) -> tuple[FELLRecState, Record]:
@@ -669,7 +680,7 @@ class FELLRecRecommender(BaseRecommender):
             step,
             state,
             n_rounds=self.n_rounds,
-            first_round=0 if previous is None else int(previous["n_rounds_"]),
+            first_round=first_round,
             past=watch.load(state),
             early_stopping=stopping,
             save=watch.save,
@@ -691,12 +702,12 @@ class FELLRecRecommender(BaseRecommender):
         counts: Tensor,
         ranking: Ranking,
         streams: Streams,
+        first_round: int,
     ) -> Callable[[Adapters, Tensor, Adapters | None, float, int], tuple[Adapters, Tensor]]:
         """Bind what local training needs, see `fedrecsk.methods.fellrec.Train`."""
         lift = self.objective == "lift"
         prior = torch.zeros_like(counts) if lift else ranking.prior(counts)
         shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
-        rate = self._learning_rate()
 
         def train(
             adapters: Adapters, clients: Tensor, anchor: Adapters | None, proximal: float, t: int
@@ -737,7 +748,7 @@ class FELLRecRecommender(BaseRecommender):
                 adapters,
                 loss,
                 sampler.steps(t, numbers),
-                learning_rate=rate,
+                learning_rate=self._learning_rate(t - first_round),
                 weight_decay=self.weight_decay,
                 anchor=anchor,
                 proximal=proximal,
@@ -745,10 +756,13 @@ class FELLRecRecommender(BaseRecommender):
 
         return train
 
-    def _learning_rate(self) -> float:
-        if self.learning_rate != "auto":
-            return float(self.learning_rate)
-        return AUTO_LEARNING_RATE["compact" if self.backbone is None else self.backend]
+    def _learning_rate(self, n_done: int) -> float:
+        """Rate of a round before which a fit has had so many."""
+        rate = self.learning_rate
+        if rate == "auto":
+            rate = AUTO_LEARNING_RATE["compact" if self.backbone is None else self.backend]
+        falls = self.learning_rate_schedule == "linear"
+        return float(rate) * (1.0 - n_done / self.n_rounds if falls else 1.0)
 
     def _temperature(
         self,

@@ -131,7 +131,8 @@ def embed_last_token(
         return torch.empty(0, backbone.width, device=backbone.device)
     limit = backbone.max_positions
     max_length = max_length if limit is None else min(max_length, limit)
-    encoded = backbone.tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    read = {"truncation": True, "max_length": max_length, "split_special_tokens": True}
+    encoded = backbone.tokenizer(list(texts), **read)["input_ids"]
     tokens = [ids or [backbone.tokenizer.pad_token_id] for ids in encoded]
     vectors = torch.empty(len(tokens), backbone.width, device=backbone.device)
     for places in _by_length([len(ids) for ids in tokens], batch_size):

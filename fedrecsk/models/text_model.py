@@ -362,8 +362,10 @@ def open_text_model(
     most = max_tokens if limit is None else min(max_tokens, limit - 2)
 
     def pieces(texts: Sequence[str], ending: Sequence[int] = ()) -> TokenRows:
+        # A title may have "[SEP]" in it, which is no separator there.
+        plain = {"add_special_tokens": False, "split_special_tokens": True}
         read = {"truncation": True, "max_length": max_item_tokens}
-        rows = tokenizer(list(texts), add_special_tokens=False, **read)["input_ids"]
+        rows = tokenizer(list(texts), **plain, **read)["input_ids"]
         return TokenRows.of([[*row, *ending] for row in rows])
 
     titles = TokenRows.of([])

@@ -90,6 +90,7 @@ FAST_TEXT = {
     "n_negatives": 20,
     "batch_size": 8,
     "temperature": 0.1,
+    "learning_rate_schedule": "constant",
     # Popularity on platforms of one taste would give the answer without any learning.
     "popularity_weight": 0.0,
     "early_stopping": False,

@@ -252,7 +252,7 @@ def test_every_parameter_that_decides_something_is_compared(cls):
 
 
 def test_every_parameter_of_a_language_model_is_compared():
-    estimator = FELLRecRecommender()
+    estimator = FELLRecRecommender(learning_rate_schedule="constant")
     left_out = estimator.get_params().keys() - estimator._settings().keys()
     assert left_out == ALLOWED | {"item_text"}  # which is compared as data
 
@@ -332,6 +332,17 @@ def test_other_texts_of_items_are_named(fellrec, tmp_path, obvious):
     assert same.fit(obvious, clients).n_rounds_ == 1
 
 
+def test_a_rate_that_falls_with_the_rounds_goes_by_their_number(fellrec, tmp_path, obvious):
+    clients = obvious[:, 0] % 3
+    fellrec(checkpoint=tmp_path, n_rounds=2).fit(obvious, clients)
+    longer = fellrec(n_rounds=3)
+    assert refuses(longer, tmp_path, obvious, clients) == "n_rounds: 2 there, 3 here"
+    folder = tmp_path / "constant"
+    constant = fellrec(checkpoint=folder, n_rounds=2, learning_rate_schedule="constant")
+    constant.fit(obvious, clients)
+    assert constant.set_params(n_rounds=3).fit(obvious, clients).n_rounds_ == 3
+
+
 def test_another_model_behind_the_same_name_is_refused(fellrec, tiny_backbones, tmp_path, obvious):
     clients = obvious[:, 0] % 3
 
@@ -341,7 +352,7 @@ def test_another_model_behind_the_same_name_is_refused(fellrec, tiny_backbones, 
     which = "tiny_encoder"
     fellrec(checkpoint=tmp_path, n_rounds=1).set_params(backbone=backbone).fit(obvious, clients)
     which = "deep_encoder"
-    model = fellrec(checkpoint=tmp_path, n_rounds=2).set_params(backbone=backbone)
+    model = fellrec(checkpoint=tmp_path, n_rounds=1).set_params(backbone=backbone)
     with pytest.raises(ValueError, match=r"is of another model, though .* a backbone's, may have"):
         model.fit(obvious, clients)
 

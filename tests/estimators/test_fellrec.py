@@ -19,6 +19,7 @@ from fedrecsk.estimators import _fellrec
 from fedrecsk.model_selection import PerUserHoldout
 from fedrecsk.models.backbone import load_backbone
 from fedrecsk.models.generation import embed_last_token
+from fedrecsk.models.lora_training import train_adapters
 
 N_USERS, N_ITEMS = 24, 16
 TEXTS = {item: str(item) for item in range(N_ITEMS)}
@@ -52,6 +53,7 @@ def make(tiny_backbones):
             "learning_rate": 0.01,
             "popularity_weight": 0.0,
             "temperature": 0.05,
+            "learning_rate_schedule": "constant",
             "early_stopping": False,
             "random_state": 0,
             "device": "cpu",
@@ -258,6 +260,25 @@ def test_who_goes_on_keeps_the_temperature(make):
     _, first = np.unique(X[:, 0], return_index=True)
     with pytest.warns(UserWarning, match="two interactions"):
         assert make(temperature="auto").fit(X[first], CLIENTS[first]).temperature_ == 0.05
+
+
+def test_the_learning_rate_falls_with_the_rounds(make, monkeypatch):
+    rates = []
+
+    def train(*args, learning_rate, **kwargs):
+        rates.append(learning_rate)
+        return train_adapters(*args, learning_rate=learning_rate, **kwargs)
+
+    monkeypatch.setattr(_fellrec, "train_adapters", train)
+    falling = {"learning_rate": 0.02, "learning_rate_schedule": "linear"}
+    model = make(n_rounds=4, **falling).fit(X, CLIENTS)
+    assert rates == pytest.approx([0.02, 0.015, 0.01, 0.005])
+    rates.clear()
+    model.partial_fit(X, CLIENTS)  # rounds 5 to 8 are a fit of their own
+    assert rates == pytest.approx([0.02, 0.015, 0.01, 0.005])
+    rates.clear()
+    make(n_rounds=2, learning_rate=0.02).fit(X, CLIENTS)
+    assert rates == [0.02, 0.02]
 
 
 # ---------------------------------------------------------------- aggregation

@@ -135,6 +135,18 @@ def test_long_texts_are_cut(untrained):
     assert model.titles[5][-1] == untrained["causal"].tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("backend", ["encoder", "causal"])
+def test_special_tokens_in_titles_are_text(untrained, backend):
+    titles = ("Red [SEP] Robot [PAD]", "Castle")
+    model = opened(untrained[backend], catalogue_of(titles, titles))
+    tokens, mask = model.items.read(np.array([[0]]))
+    special = untrained[backend].tokenizer.all_special_ids
+    pieces = model.items.pieces[0].tolist()
+    unknown = untrained[backend].tokenizer.unk_token_id
+    assert not set(pieces) & (set(special) - {unknown})
+    assert mask.all()
+
+
 def test_prompts_with_answers_stay_within_what_the_model_reads(untrained):
     backbone = untrained["causal"]
     empty = len(backbone.tokenizer(prompt([]))["input_ids"])
