@@ -208,3 +208,21 @@ def test_distinct_values_are_those_of_a_set(values):
     array = np.array(values)
     assert distinct(array).tolist() == sorted(set(values))
     assert array.tolist() == values
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [7, 5, 7, 9, 5, 5],  # close together
+        [-3, 2, -1, 2, 0, -3, -3],
+        [4],
+        [0, 10**6, 0],  # far apart
+        [-(2**63), 2**63 - 1, 0],  # the range itself does not fit
+    ],
+)
+def test_integers_are_coded_as_unique_does(values):
+    ids, codes = np.unique(values, return_inverse=True)
+    vocabulary, found = Vocabulary.from_values(np.array(values))
+    assert vocabulary.ids.dtype == found.dtype == np.int64
+    np.testing.assert_array_equal(vocabulary.ids, ids)
+    np.testing.assert_array_equal(found, codes)
