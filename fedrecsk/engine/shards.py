@@ -146,8 +146,10 @@ class ClientShards:
         users = np.lexsort((np.arange(n_users), user_client)).astype(np.int64)
         place = np.empty(n_users, dtype=np.int64)  # of each user in `users`
         place[users] = np.arange(n_users)
-        order = np.lexsort((item, place[user]))
-        counts = np.bincount(place[user], minlength=n_users)
+        slot = place[user]
+        # One integer for both is sorted in one pass, and in no time where rows are in order.
+        order = np.argsort(slot * n_items + item, kind="stable")
+        counts = np.bincount(slot, minlength=n_users)
         per_client = np.bincount(user_client, minlength=n_clients)
         # Not numpy.unique, whose hash table takes 70 times as long for numbers this large.
         held = np.sort(user_client[user] * n_items + item)
