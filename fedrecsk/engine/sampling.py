@@ -88,7 +88,8 @@ def epoch_cohort(
             among if n == len(among) else rng.choice(among, n, replace=False, shuffle=False)
         )
         missing -= n
-        level = int(np.min(turns, where=turns > level, initial=np.iinfo(np.int64).max))
+        if missing:  # another pass over all clients, which most rounds do without
+            level = int(np.min(turns, where=turns > level, initial=np.iinfo(np.int64).max))
     return np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *chosen]))
 
 
