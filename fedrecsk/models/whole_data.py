@@ -39,6 +39,9 @@ JITTER = 1e-6
 # Smallest eigenvalue of the Gram matrix in a server step, relative to the largest.
 FLOOR = 1e-4
 ALL_COLUMNS = slice(None)
+# Numbers in the users' d x d matrices that are solved at a time, 256 MiB in single precision: a
+# chunk bounds the rows alone, and may hold as many users, each with a matrix larger than its rows.
+MATRIX_NUMBERS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -183,8 +186,16 @@ def solve_users(
     rows = _padded_rows(cohort, item_factors)
     counts = torch.from_numpy(cohort.counts).to(item_factors)
     ridge = penalty.strength(counts, mean_rows)
+    at_once = max(1, MATRIX_NUMBERS // item_gram.numel())
+    shared = unobserved_weight * item_gram
+    parts = zip(rows.split(at_once), ridge.split(at_once), strict=True)
+    return torch.cat([_solve(part, strength, shared) for part, strength in parts])
+
+
+def _solve(rows: Tensor, ridge: Tensor, shared: Tensor) -> Tensor:
+    """Solve users (U, d) with rows (U, longest, d), penalties (U,) and a matrix (d, d) of all."""
     matrix = torch.bmm(rows.transpose(1, 2), rows)  # (U, d, d)
-    matrix += unobserved_weight * item_gram
+    matrix += shared
     matrix.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     factor = torch.linalg.cholesky(matrix)
     return torch.cholesky_solve(rows.sum(1)[:, :, None], factor)[:, :, 0]

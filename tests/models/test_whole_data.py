@@ -136,6 +136,25 @@ def test_solve_users_solves_each_users_normal_equations(shards, dtype):
 
 
 @FEDERATIONS
+def test_matrices_of_a_few_users_are_held_at_a_time(shards, monkeypatch):
+    table, seen = item_table(shards, torch.float32), []
+    whole = solved(shards, table)
+    cholesky = torch.linalg.cholesky
+
+    def watched(matrix):
+        seen.append(matrix.numel())
+        return cholesky(matrix)
+
+    monkeypatch.setattr(torch.linalg, "cholesky", watched)
+    for bound in (3 * N_FACTORS**2, 1):
+        monkeypatch.setattr("fedrecsk.models.whole_data.MATRIX_NUMBERS", bound)
+        seen.clear()
+        assert torch.equal(solved(shards, table), whole)
+        assert max(seen) == max(bound, N_FACTORS**2)
+        assert sum(seen) == shards.n_users * N_FACTORS**2
+
+
+@FEDERATIONS
 def test_solved_users_are_stationary(shards):
     table, cohort = item_table(shards), everybody(shards)
     users = solved(shards, table, cohort).requires_grad_(True)
