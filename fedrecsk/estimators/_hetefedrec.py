@@ -617,6 +617,7 @@ default=None
                 optimizer=optimizer,
                 l2=l2,
                 server_optimizer=self._server_optimizer,
+                in_place=not self.early_stopping,
             )
 
         def fit(cohort: Cohort, users: Tensor, table: Tensor, head: Head) -> Tensor:
@@ -667,6 +668,7 @@ default=None
                 decay=STATISTICS_DECAY,
                 item_curvature=self.item_curvature,
                 contributors=contributors,
+                in_place=not self.early_stopping,  # which may want an earlier state back
             )
 
         fit = partial(

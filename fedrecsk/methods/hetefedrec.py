@@ -89,13 +89,14 @@ def network_step(
     optimizer: Optimizer,
     l2: float,
     server_optimizer: Optimizer,
+    in_place: bool = False,
 ) -> tuple[NestedState, Logs]:
     """Train the participants, each in its own size, and aggregate.
 
     Parameters
     ----------
     state : NestedState
-        Not changed.
+        Not changed, unless `in_place`.
     shards : ClientShards
     participants : ndarray of int64
         Codes of the clients that take part.
@@ -118,6 +119,9 @@ def network_step(
         See `fedrecsk.models.ncf.train`.
     server_optimizer : Optimizer
         Takes an aggregated change as a negative gradient; plain SGD at rate 1 adds it.
+    in_place : bool, default=False
+        Write users' vectors and clients' turns into the arrays of `state`, which must not be read
+        any more. Else all users are copied, also those who take no part.
 
     Returns
     -------
@@ -129,7 +133,7 @@ def network_step(
     weight_of = shards.client_rows.astype(float)
     if client_weights == "uniform":
         weight_of = np.ones(shards.n_clients)
-    user_factors = state.user_factors.clone()
+    user_factors = state.user_factors if in_place else state.user_factors.clone()
     sums = _NetworkSums.zero(state)
     parts = shares(participants, shards.client_rows[participants])
     for x, width in enumerate(sizes.widths):
@@ -195,7 +199,7 @@ def network_step(
         heads=shared,
         table_moments=tuple(table_moments),
         head_moments=head_moments,
-        turns=counted_turns(state, participants),
+        turns=counted_turns(state, participants, in_place=in_place),
     ), logs
 
 

@@ -257,8 +257,10 @@ def lifted(head: Head) -> Head:
     return {name: value[None] for name, value in head.items()}
 
 
-def counted_turns(state: NestedState, participants: NDArray[np.int64]) -> NDArray[np.int64]:
+def counted_turns(
+    state: NestedState, participants: NDArray[np.int64], *, in_place: bool
+) -> NDArray[np.int64]:
     """Return `turns` after another round with these participants."""
-    turns = state.turns.copy()
+    turns = state.turns if in_place else state.turns.copy()
     turns[participants] += 1
     return turns

@@ -55,6 +55,7 @@ def whole_data_step(
     decay: float,
     item_curvature: bool,
     contributors: NDArray[np.int64] | None = None,
+    in_place: bool = False,
 ) -> tuple[NestedState, Logs]:
     """Solve the participants, each in its own columns, and step the table block by block.
 
@@ -69,13 +70,15 @@ def whole_data_step(
         η; None follows from the participation, `whole_data.default_rate`.
     contributors : ndarray of int64, optional
         Clients that ever take part, for whom the participants stand; default: all.
+    in_place : bool, default=False
+        See `fedrecsk.methods.hetefedrec.network_step`.
 
     Returns
     -------
     state : NestedState
     logs : dict
     """
-    user_factors = state.user_factors.clone()
+    user_factors = state.user_factors if in_place else state.user_factors.clone()
     tables, statistics = list(state.tables), list(state.statistics)
     population = np.arange(shards.n_clients) if contributors is None else contributors
     users_of_size = np.bincount(
@@ -155,7 +158,7 @@ def whole_data_step(
         user_factors=fill_rows(user_factors, parts, shards.users_of),
         tables=tuple(tables),
         statistics=tuple(statistics),
-        turns=counted_turns(state, participants),
+        turns=counted_turns(state, participants, in_place=in_place),
     ), logs
 
 

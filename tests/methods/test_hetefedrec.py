@@ -138,6 +138,23 @@ STEPS = pytest.mark.parametrize(
 )
 
 
+@FEDERATIONS
+@STEPS
+def test_a_step_in_place_is_the_same_step(shards, begin, step):
+    copying, writing = begin(shards), begin(shards)
+    for t in range(3):
+        before = writing
+        copying, logs = step(copying, shards, t)
+        writing, same = step(writing, shards, t, in_place=True)
+        assert logs == same
+        assert tensors_of(copying).keys() == tensors_of(writing).keys()
+        for name, value in tensors_of(copying).items():
+            assert torch.equal(value, tensors_of(writing)[name]), name
+        # Nothing is copied for the clients that took no part.
+        assert writing.user_factors is before.user_factors
+        assert writing.turns is before.turns
+
+
 def tensors_of(state):
     """Every tensor in a state, by name."""
     found = {"users": state.user_factors, "turns": torch.from_numpy(state.turns)}
