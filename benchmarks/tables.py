@@ -22,6 +22,7 @@ import fedfnn_sensitivity as sensitivity
 import fedfnn_streaming as streaming
 import fellrec_balance as balance
 import fellrec_split as split
+import scale
 from _common import RESULTS, paired_ratio
 
 HERE = Path(__file__).parent
@@ -252,6 +253,14 @@ def hetefedrec_sizes_summary(report: Report) -> str:
     return _by_data({name: row for name, row in cells.items() if row}, columns)
 
 
+def scale_section(report: Report) -> str:
+    """One table for the large point, and one for each objective."""
+    parts = [origin(report)]
+    for heading, rows in scale.tables_of(report):
+        parts += [f"**{heading}**", markdown(scale.HEADER, rows)]
+    return "\n\n".join([*parts, *goals(report)])
+
+
 SECTIONS: Places = {
     "accuracy": ("accuracy", accuracy_section),
     "cohort_speed": ("cohort_speed", cohort_speed_section),
@@ -262,6 +271,7 @@ SECTIONS: Places = {
     "fellrec_balance": ("fellrec_balance", fellrec_balance_section),
     "fellrec_split": ("fellrec_split", fellrec_split_section),
     "hetefedrec_sizes": ("hetefedrec_sizes", hetefedrec_sizes_section),
+    "scale": ("scale", scale_section),
     "whole_data": ("whole_data", whole_data_section),
 }
 SUMMARIES: Places = {

@@ -35,6 +35,7 @@ convergence, sensitivity = script("fedfnn_convergence"), script("fedfnn_sensitiv
 sizes, sizes_report = script("hetefedrec_sizes"), script("_sizes_report")
 balance = script("fellrec_balance")
 split = script("fellrec_split")
+scale = script("scale")
 
 
 @pytest.fixture(scope="module")
@@ -1169,6 +1170,118 @@ def test_split_needs_titles(tmp_path):
     path.write_text("user_id,item_id\n1,2\n")
     with pytest.raises(SystemExit, match="rows has no titles"):
         list(split.load_histories([path]))
+
+
+# -------------------------------------------------------------------- scale
+
+
+def test_scale_makes_up_distinct_pairs_with_power_laws():
+    X = scale.generate(3_000, 500)
+    assert np.array_equal(X, scale.generate(3_000, 500))
+    assert len(np.unique(X, axis=0)) == len(X)
+    activity, popularity = (np.bincount(column) for column in X.T)
+    assert activity.shape == (3_000,)
+    assert popularity.shape == (500,)
+    assert activity.min() >= 1
+    assert popularity.min() >= 1
+    assert activity.max() > 10 * np.median(activity)
+    assert popularity.max() > 10 * np.median(popularity)
+    assert np.any(np.diff(X[:, 0]) < 0)  # rows are not in order
+
+
+@pytest.mark.parametrize("objective", ["whole-data", "bce"])
+def test_scale_measures_what_takes_part(objective):
+    point = scale.Point(objective, 60, 30, 60, 3, rounds=2, ranked=7)
+    row = scale.measure(point)
+    assert row["rows"] == row["round_rows"] == len(scale.generate(60, 30))
+    assert row["round"] > 0
+    assert row["reading"] > 0
+    assert row["rounds_together"] >= 2 * row["round"] * 0.99
+    assert (row["refit"] is None) == (objective == "bce")
+    assert 0.05 < row["peak_gib"] < 64
+    part = scale.measure(replace(point, cohort=15))
+    assert part["round_rows"] < row["rows"] / 2
+    assert part["bytes_down"] * 4 == row["bytes_down"]
+
+
+def scale_row(point, **changes):
+    measured = {
+        "rows": 1_000, "round_rows": float(point.cohort), "reading": 1.0, "round": 0.5,
+        "rounds_together": 5.0, "refit": 2.0, "ranking": 0.01, "peak_gib": 2.0, "bytes_up": 3e6,
+        "bytes_down": 4e6,
+    }  # fmt: skip
+    return {**vars(point), **measured, **changes}
+
+
+def test_scale_asks_for_costs_that_follow_the_rows():
+    plan = replace(scale.FULL, sweeps={"whole-data": scale.FULL.sweeps["whole-data"]})
+    base = plan.base
+    flat = [scale_row(point) for point in plan.points()]
+    population, cohort, memory = scale.goals_of(flat, plan)
+    assert population.value == 1.0
+    assert cohort.value == pytest.approx(0.1)
+    assert memory.value == 2.0
+    slow = {
+        replace(base, clients=1_000_000): {"round": 0.7},
+        replace(base, cohort=10_000): {"round": 6.5},
+        plan.large: {"peak_gib": 9.0},
+    }
+    rows = [scale_row(point, **slow.get(point, {})) for point in plan.points()]
+    population, cohort, memory = goals = scale.goals_of(rows, plan)
+    assert population.value == pytest.approx(1.4)
+    assert cohort.value == pytest.approx(1.3)
+    assert memory.value == 9.0
+    assert not any(goal.held for goal in goals)
+
+
+def test_scale_varies_one_number_at_a_time():
+    base = vars(scale.FULL.base)
+    points = scale.FULL.points()
+    assert len(points) == len(set(points))
+    for point in points:
+        if point != scale.FULL.large:
+            differ = [name for name, value in vars(point).items() if value != base[name]]
+            assert len(set(differ) - {"objective"}) <= 1
+    rows = [scale_row(point) for point in points]
+    for name in scale.VARIED:
+        values = [row[name] for row in scale.along(rows, scale.FULL, "whole-data", name)]
+        assert len(values) == 3
+        assert values == sorted(values)
+
+
+def test_scale_takes_the_lowest_of_several_runs():
+    point = scale.FULL.base
+    runs = [scale_row(point, round=3.0, refit=None), scale_row(point, round=2.0, refit=None)]
+    assert scale.quietest(runs) == scale_row(point, round=2.0, refit=None)
+
+
+def test_scale_end_to_end(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def near(point):  # and not in another process, which takes as long to import
+        measured.append(point)
+        return scale_row(point)
+
+    monkeypatch.setattr(scale, "measure_apart", near)
+    out, figure = tmp_path / "scale.json", tmp_path / "scale.png"
+    assert scale.main(["--quick", "--out", str(out), "--figure", str(figure)]) == 0
+    assert measured == scale.QUICK.points()
+    assert figure.stat().st_size > 1_000
+    report = json.loads(out.read_text())
+    assert report["goals"] == []
+    text = tables.rewrite("<!-- scale -->\n<!-- /scale -->", {"scale": report}, tables.SECTIONS)
+    assert "**2,000 clients, 200 items, 2 rounds of 50, d = 4; 20 users ranked**" in text
+    assert "| 500 clients | 1,000 | 50 | 1.0 | 0.500 | 2.0 | 100 | 2.00 | 3.0 | 4 |" in text
+    assert "500 clients" in capsys.readouterr().out
+
+
+def test_scale_measures_one_point_when_asked_to(capsys):
+    point = scale.Point("whole-data", 40, 20, 10, 2, rounds=1, ranked=3)
+    assert scale.main(["--point", json.dumps(vars(point))]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert {name: row[name] for name in vars(point)} == vars(point)
+    with pytest.raises(SystemExit, match="drop --data"):
+        scale.main(["--data", "ml-100k"])
 
 
 # ------------------------------------------------------------------- tables
