@@ -105,7 +105,7 @@ class Plan:
 
 
 FULL = Plan(
-    base=Point("whole-data", 100_000, 10_000, 1_000, 32, rounds=20, ranked=1_000),
+    base=Point("whole-data", 100_000, 10_000, 1_000, 32, rounds=20, ranked=10_000),
     sweeps={
         "whole-data": {
             "clients": (10_000, 100_000, 1_000_000),
@@ -327,6 +327,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 
     mpl.use("agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     rows, plan = report["points"], as_plan(report["plan"])
     quantities = {"round": "seconds of a round", "peak_gib": "peak memory, GiB"}
@@ -343,6 +344,10 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
             ax.set(xscale="log", yscale="log")
             ax.grid(alpha=0.3)
         line_of_axes[0].set_ylabel(label)
+        y_axis = line_of_axes[0].yaxis  # which the panels of a line share
+        y_axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        y_axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        y_axis.set_minor_formatter(NullFormatter())
     for ax, name in zip(axes[1], VARIED, strict=True):
         ax.set_xlabel(NAMES[name])
     axes[0, 0].legend(frameon=False)

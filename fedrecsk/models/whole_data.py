@@ -188,7 +188,7 @@ def solve_users(
     ridge = penalty.strength(counts, mean_rows)
     at_once = max(1, MATRIX_NUMBERS // item_gram.numel())
     shared = unobserved_weight * item_gram
-    parts = zip(rows.split(at_once), ridge.split(at_once), strict=True)
+    parts = zip(torch.split(rows, at_once), torch.split(ridge, at_once), strict=True)
     return torch.cat([_solve(part, strength, shared) for part, strength in parts])
 
 
