@@ -59,6 +59,8 @@ HEADER = [
     "MB up, a round",
     "MB down, a round",
 ]
+# Of these, in docs/scale.md.
+SUMMARY = ("rows of a round", "s, reading", "s, a round", "s, refit", "peak GiB")
 
 Row = dict[str, Any]
 
@@ -297,6 +299,26 @@ def tables_of(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
         )
         tables.append((heading, cells))
     return tables
+
+
+def summary(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the large point and of the sweeps over clients and over cohorts."""
+    rows, plan = report["points"], as_plan(report["plan"])
+    chosen = [row for row in rows if asdict(plan.large).items() <= row.items()]
+    for objective in plan.sweeps:
+        for name in ("clients", "cohort"):
+            chosen += along(rows, plan, objective, name)
+    shown = [HEADER.index(name) for name in SUMMARY]
+    cells = [
+        [
+            row["objective"],
+            *(f"{row[name]:,}" for name in ("clients", "items", "cohort")),
+            *(line("", row)[place] for place in shown),
+        ]
+        # The base is in both sweeps.
+        for row in {json.dumps(row): row for row in chosen}.values()
+    ]
+    return ["", "clients", "items", "clients in a round", *SUMMARY], cells
 
 
 def line(name: str, row: Row) -> list[str]:

@@ -1,7 +1,8 @@
-"""Rewrite the tables of the two READMEs from the JSON that the scripts wrote.
+"""Rewrite the tables of the READMEs and of docs/scale.md from the JSON that the scripts wrote.
 
-A table stands between ``<!-- name -->`` and ``<!-- /name -->``; `SECTIONS` (benchmarks/README.md)
-and `SUMMARIES` (README.md) say which. A place stays as it is while there is no result for it.
+A table stands between ``<!-- name -->`` and ``<!-- /name -->``; `SECTIONS` (benchmarks/README.md),
+`SUMMARIES` (README.md) and `OF_SCALE` (docs/scale.md) say which. A place stays as it is while there
+is no result for it.
 """
 
 from __future__ import annotations
@@ -261,6 +262,11 @@ def scale_section(report: Report) -> str:
     return "\n\n".join([*parts, *goals(report)])
 
 
+def scale_summary(report: Report) -> str:
+    """One table: the large point, and how much the others matter who take no part."""
+    return markdown(*scale.summary(report))
+
+
 SECTIONS: Places = {
     "accuracy": ("accuracy", accuracy_section),
     "cohort_speed": ("cohort_speed", cohort_speed_section),
@@ -282,6 +288,8 @@ SUMMARIES: Places = {
     "speed": ("cohort_speed", cohort_speed_summary),
     "split": ("fellrec_split", fellrec_split_summary),
 }
+
+OF_SCALE: Places = {"scale": ("scale", scale_summary)}
 
 
 def origin(report: Report) -> str:
@@ -344,6 +352,7 @@ def main() -> int:
     for readme, places in (
         (HERE / "README.md", SECTIONS),
         (HERE.parent / "README.md", SUMMARIES),
+        (HERE.parent / "docs" / "scale.md", OF_SCALE),
     ):
         readme.write_text(rewrite(readme.read_text(), reports, places))
     return 0

@@ -1273,6 +1273,9 @@ def test_scale_end_to_end(tmp_path, monkeypatch, capsys):
     assert "**2,000 clients, 200 items, 2 rounds of 50, d = 4; 20 users ranked**" in text
     assert "| 500 clients | 1,000 | 50 | 1.0 | 0.500 | 2.0 | 100 | 2.00 | 3.0 | 4 |" in text
     assert "500 clients" in capsys.readouterr().out
+    text = tables.rewrite("<!-- scale -->\n<!-- /scale -->", {"scale": report}, tables.OF_SCALE)
+    assert text.count("\n|") == 2 + 3  # each point once
+    assert "| whole-data | 500 | 200 | 50 | 50 | 1.0 | 0.500 | 2.0 | 2.00 |" in text
 
 
 def test_scale_measures_one_point_when_asked_to(capsys):
