@@ -367,7 +367,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
             ax.grid(alpha=0.3)
         line_of_axes[0].set_ylabel(label)
         y_axis = line_of_axes[0].yaxis  # which the panels of a line share
-        y_axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        y_axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         y_axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         y_axis.set_minor_formatter(NullFormatter())
     for ax, name in zip(axes[1], VARIED, strict=True):
