@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedrecsk.engine.parallel import local_rank
 
@@ -53,6 +56,36 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
             "Use device='auto' or device='cpu'."
         ) from error
     return resolved
+
+
+def to_device(values: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Send an array to a device without waiting for what the device still has to do.
+
+    Parameters
+    ----------
+    values : ndarray
+        Not to be changed afterwards: on a CPU the tensor shares its memory.
+    device : torch.device
+
+    Returns
+    -------
+    Tensor
+        Of the same shape and type.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import torch
+    >>> from fedrecsk.engine.device import to_device
+    >>> to_device(np.array([2, 3]), torch.device("cpu"))
+    tensor([2, 3])
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type == "cuda":
+        # Out of ordinary memory a copy waits until all work before it is done. torch keeps a
+        # pinned block until the copy out of it is over, and then uses it again.
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @contextmanager

@@ -104,7 +104,9 @@ def scatter_sum(
 
 def row_offsets(index: Tensor, n_rows: int) -> Tensor:
     """Offsets (n_rows + 1,) of the rows of a CSR matrix whose entries lie in rows `index`."""
-    counts = torch.bincount(index, minlength=n_rows)
+    # Not torch.bincount, whose length depends on the values, for which a GPU would be waited.
+    one = torch.ones((), dtype=torch.int64, device=index.device)
+    counts = one.new_zeros(n_rows).scatter_add_(0, index, one.expand(len(index)))
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 

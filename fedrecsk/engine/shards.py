@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedrecsk.engine.device import to_device
+
 # Padded rows in a chunk: a few MiB of float32 rows stay in a CPU's cache over all local epochs;
 # a GPU wants launches large enough to fill it.
 CPU_CHUNK_ROWS = 65_536
@@ -37,6 +39,8 @@ class Cohort:
         Position in `clients` of each user's client.
     counts : ndarray of shape (U,)
         Rows of each user.
+    sizes : Tensor of shape (U,), int64
+        The same on the device.
     items : Tensor of shape (n,), int64
         Item codes, grouped by user in the order of `users`, ascending within a user.
     row_user : Tensor of shape (n,), int64
@@ -51,6 +55,7 @@ class Cohort:
     users: Tensor
     owner: Tensor
     counts: NDArray[np.int64]
+    sizes: Tensor
     items: Tensor
     row_user: Tensor
     client_rows: NDArray[np.int64]
@@ -73,7 +78,7 @@ class Cohort:
 
     def offsets(self) -> Tensor:
         """Offsets (U + 1,) of each user's rows in `items`."""
-        return torch.from_numpy(np.concatenate([[0], np.cumsum(self.counts)])).to(self.device)
+        return self._offsets
 
     def padded(self, values: Tensor, fill: float | int) -> Tensor:
         """Lay values of rows (n, ...) out as (U, longest, ...), filled up with `fill`."""
@@ -84,7 +89,16 @@ class Cohort:
 
     def position(self) -> Tensor:
         """Position (n,) of each row within its user's rows."""
-        starts = self.offsets()[:-1]
+        return self._position
+
+    # Kept, since one round asks for them many times.
+    @cached_property
+    def _offsets(self) -> Tensor:
+        return torch.cat([self.sizes.new_zeros(1), self.sizes.cumsum(0)])
+
+    @cached_property
+    def _position(self) -> Tensor:
+        starts = self._offsets[:-1]
         return torch.arange(self.n_rows, device=self.device) - starts[self.row_user]
 
 
@@ -267,14 +281,22 @@ class ClientShards:
     ) -> Cohort:
         """Build a cohort from places in `users` and the position of each one's client."""
         counts = self.place_rows[slots]
-        rows = torch.from_numpy(concatenate_ranges(self.row_offsets, slots)).to(self.device)
+        # All that the device has to be told, in one transfer: (4, U). What has an entry a row is
+        # made there, of a length known here, so that nothing is read back.
+        shift = self.row_offsets[slots] - (np.cumsum(counts) - counts)
+        plan = np.stack([self.users[slots], owner, counts, shift])
+        users, owners, sizes, shifts = to_device(plan, self.device).unbind(0)
+        n_rows, place = int(counts.sum()), torch.arange(len(slots), device=self.device)
+        row_user = torch.repeat_interleave(place, sizes, output_size=n_rows)
+        rows = torch.arange(n_rows, device=self.device) + shifts[row_user]
         return Cohort(
             clients=clients,
-            users=torch.from_numpy(self.users[slots]).to(self.device),
-            owner=torch.from_numpy(owner).to(self.device),
+            users=users,
+            owner=owners,
             counts=counts,
+            sizes=sizes,
             items=self.items[rows],
-            row_user=torch.from_numpy(np.repeat(np.arange(len(slots)), counts)).to(self.device),
+            row_user=row_user,
             client_rows=np.bincount(owner, counts, len(clients)).astype(np.int64),
             single_user=np.array_equal(owner, np.arange(len(clients))),
         )

@@ -112,9 +112,11 @@ def counter_uniform(key: int, *counters: torch.Tensor) -> torch.Tensor:
     >>> bool((whole[2:] == counter_uniform(7, users[2:])).all())
     True
     """
-    state = torch.tensor(key, dtype=torch.int64, device=counters[0].device)
+    # The key goes along as a number: a tensor of it would have to be sent to the device.
+    state: int | torch.Tensor = key
     for counter in counters:
         state = _splitmix64(state + (counter + 1) * _GOLDEN_GAMMA)
+    assert isinstance(state, torch.Tensor)  # there is a counter
     return ((state >> 11) & _LOW_53_BITS).to(torch.float64) * 2.0**-53
 
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedrecsk.engine.device import to_device
 from fedrecsk.engine.local import Optimizer
 from fedrecsk.engine.shards import Cohort
 from fedrecsk.models.sampled_bce import LocalExamples, _side_by_side
@@ -191,8 +192,8 @@ class _Part:
             weight=mask / mask.sum(1, keepdim=True),
             mean=torch.zeros_like(block if optimizer.name != "sgd" else block[:0]),
             square=torch.zeros_like(block if optimizer.name == "adam" else block[:0]),
-            keep=torch.from_numpy(keep).to(block)[..., None, None],
-            moves=torch.from_numpy(moves).to(block)[..., None, None],
+            keep=to_device(keep, block.device).to(block.dtype)[..., None, None],
+            moves=to_device(moves, block.device).to(block.dtype)[..., None, None],
             scratch=scratch,
             optimizer=optimizer,
         )

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedrecsk.engine.device import to_device
 from fedrecsk.engine.local import Optimizer, apply_gradients, init_moments
 from fedrecsk.engine.mixing import scatter_sum
 from fedrecsk.engine.shards import Cohort
@@ -129,7 +130,7 @@ def draw_examples(
     device = cohort.device
     user = cohort.users[cohort.row_user]
     position = cohort.position()
-    counts = torch.from_numpy(cohort.counts).to(device)
+    counts = cohort.sizes
     seen = counts[cohort.row_user][:, None]  # (n, 1)
     unseen = n_items - seen
 
@@ -182,7 +183,7 @@ def _rank_in_client(cohort: Cohort, key: int, *, shuffle: bool) -> Tensor:
     if shuffle:
         chance = counter_uniform(key, cohort.users[cohort.row_user], cohort.items)
         order = torch.argsort(owner.to(torch.float64) + chance, stable=True)
-    per_client = torch.bincount(owner, minlength=len(cohort.clients))
+    per_client = owner.new_zeros(len(cohort.clients)).index_add_(0, cohort.owner, cohort.sizes)
     starts = per_client.cumsum(0) - per_client
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
@@ -345,7 +346,7 @@ def _side_by_side(cohort: Cohort, examples: LocalExamples) -> tuple[list[_Span],
         stop = start + (cohort.n_users - first) * longest
         spans.append(_Span(first, longest, start, stop))
     table = [(span.start, span.first, span.longest) for span in spans]
-    layout = torch.tensor(table, dtype=torch.int64, device=cohort.device).reshape(-1, 3)
+    layout = to_device(np.array(table, dtype=np.int64).reshape(-1, 3), cohort.device)
     start_of, first_of, longest_of = layout[examples.batch].unbind(1)
     return spans, start_of + (cohort.row_user - first_of) * longest_of + examples.slot
 

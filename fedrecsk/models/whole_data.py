@@ -182,9 +182,10 @@ def solve_users(
     Returns
     -------
     Tensor of shape (U, d)
+        Not a number where the equations have no solution, as with vectors that overflow.
     """
     rows = _padded_rows(cohort, item_factors)
-    counts = torch.from_numpy(cohort.counts).to(item_factors)
+    counts = cohort.sizes.to(item_factors.dtype)
     ridge = penalty.strength(counts, mean_rows)
     at_once = max(1, MATRIX_NUMBERS // item_gram.numel())
     shared = unobserved_weight * item_gram
@@ -197,8 +198,11 @@ def _solve(rows: Tensor, ridge: Tensor, shared: Tensor) -> Tensor:
     matrix = torch.bmm(rows.transpose(1, 2), rows)  # (U, d, d)
     matrix += shared
     matrix.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    factor = torch.linalg.cholesky(matrix)
-    return torch.cholesky_solve(rows.sum(1)[:, :, None], factor)[:, :, 0]
+    # Whoever has no solution gets nan, which ends the fit when the loss is read. The function that
+    # raises at once would have the host wait for the device here.
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    solved = torch.cholesky_solve(rows.sum(1)[:, :, None], factor)[:, :, 0]
+    return solved.masked_fill_((failed > 0)[:, None], torch.nan)
 
 
 def user_sums(
