@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
+from torch import Tensor
+
 from fedrecsk.engine.parallel import anywhere, of_main
 
 State = TypeVar("State")
@@ -97,7 +100,7 @@ def run_rounds(
     ----------
     step : callable
         ``step(state, t) -> (state, logs)``; `t` is the number of the round, `logs` a dict with
-        at least ``loss``.
+        at least ``loss``. Tensors of shape () in it are read when the round is over.
     state
         The start.
     n_rounds : int
@@ -145,6 +148,8 @@ def run_rounds(
             on_round_begin()
         start = time.perf_counter()
         state, logs = step(state, t)
+        # The one place where a GPU is waited for, so that the seconds are those of its work too.
+        logs = read_logs(logs)
         record: Record = {"round": t + 1, **logs, "seconds": time.perf_counter() - start}
         if t == first_round:
             bound = _largest_loss(record)
@@ -178,6 +183,38 @@ def run_rounds(
                 save(progress)
             break
     return RoundsResult(state=best_state, history=history)
+
+
+def read_logs(logs: Record) -> Record:
+    """Turn the tensors of shape () in a round's logs into numbers, all of them in one transfer.
+
+    Parameters
+    ----------
+    logs : dict
+        With tensors for the numbers that the device knows.
+
+    Returns
+    -------
+    dict
+        In the same order.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fedrecsk.engine.rounds import read_logs
+    >>> read_logs({"loss": torch.tensor(0.5), "clients": 3, "bytes_up": torch.tensor(12)})
+    {'loss': 0.5, 'clients': 3, 'bytes_up': 12}
+    """
+    waiting = {name: value for name, value in logs.items() if isinstance(value, Tensor)}
+    if not waiting:
+        return logs
+    # Double precision holds single precision and the whole numbers that occur, below 2**53.
+    numbers = torch.stack([value.double() for value in waiting.values()]).tolist()
+    read = {
+        name: number if value.is_floating_point() else int(number)
+        for (name, value), number in zip(waiting.items(), numbers, strict=True)
+    }
+    return {**logs, **read}
 
 
 def _largest_loss(first: Record) -> float:

@@ -649,7 +649,7 @@ def simulate_fedfnn(
         trained, logs = train(state, delegates, t)
         if kind is None:
             return trained, logs
-        monitored = logs["loss"]
+        monitored = float(logs["loss"])  # patience decides now, so the device is waited for
         if patience_on == "ndcg" and validation is not None:
             monitored = -validation.ndcg(
                 served_factors(trained),

@@ -42,6 +42,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedrecsk.engine.device import to_device
 from fedrecsk.engine.local import Moments, Optimizer, Params, apply_gradients, init_moments
 from fedrecsk.engine.mixing import RowSums, scatter_sum, weighted_mean
 from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
@@ -254,6 +255,7 @@ def bce_step(
     -------
     state : FactorState
     logs : dict
+        Numbers that the device knows are tensors of shape (), so that nobody waits for them.
     """
     table = state.item_table
     key = streams.key("examples", t)
@@ -292,7 +294,8 @@ def bce_step(
             more_curvature, more_gram = bce_newton.curvature_sums(result, sums, vectors, table)
             curvature += more_curvature
             gram += more_gram
-        share = torch.from_numpy(cohort.client_rows / total_rows).to(table)
+        if heads:
+            share = to_device(cohort.client_rows / total_rows, table.device).to(table.dtype)
         for name, change in head_change.items():
             change += torch.tensordot(share, heads[name] - state.head[name], 1)
         user_factors[cohort.users] = result.user_vectors
@@ -340,13 +343,12 @@ def bce_step(
         )
         moved = step["item"]
     head, head_moments = _moved_head(state, head_change, server_optimizer)
-    loss = float(losses / n_examples.clamp_min(1))
     n_shared = sum(value.numel() for value in head.values())
     logs: Logs = {
-        "loss": loss,
+        "loss": losses / n_examples.clamp_min(1),
         "clients": len(delegates),
         "bytes_down": len(delegates) * dense_bytes(tuple(table.shape), (n_shared,)),
-        "bytes_up": sparse_row_bytes(int(n_private), table.shape[1])
+        "bytes_up": n_private * sparse_row_bytes(1, table.shape[1])
         + len(delegates) * dense_bytes((n_shared,)),
     }
     new = replace(
@@ -460,6 +462,7 @@ def whole_data_step(
     -------
     state : FactorState
     logs : dict
+        As in `bce_step`.
     """
     items = state.item_table
     gram = items.T @ items
@@ -500,7 +503,7 @@ def whole_data_step(
     d = items.shape[1]
     n_rows, width = int(shards.client_items[delegates].sum()), d + 1 + item_curvature
     logs: Logs = {
-        "loss": float(total.loss) / max(total.n_rows, 1),
+        "loss": total.loss.double() / max(total.n_rows, 1),
         "clients": len(delegates),
         "bytes_down": len(delegates) * dense_bytes(tuple(items.shape), (d, d)),
         # A row carries the pull on the item, its count and its curvature.
@@ -633,7 +636,7 @@ def public_inputs(state: FactorState, shards: ClientShards) -> Tensor:
 
 def _users(state: FactorState, shards: ClientShards, delegates: NDArray[np.int64]) -> Tensor:
     """Codes of the delegates' users, on the state's device."""
-    return torch.from_numpy(shards.users_of(delegates)).to(state.user_factors.device)
+    return to_device(shards.users_of(delegates), state.user_factors.device)
 
 
 def _counted(
@@ -667,7 +670,7 @@ def _row_weights(
         return valid
     if item_weighting == "magnitude":
         return valid * result.row_delta.abs().sum(1)
-    rows = torch.from_numpy(client_rows[cohort.clients]).to(valid)
+    rows = to_device(client_rows[cohort.clients], valid.device).to(valid.dtype)
     weight = valid * rows[result.row_clients]
     return weight / total_rows if item_weighting == "fedavg" else weight
 

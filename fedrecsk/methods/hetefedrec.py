@@ -40,6 +40,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedrecsk.engine.device import to_device
 from fedrecsk.engine.local import Moments, Optimizer, apply_gradients
 from fedrecsk.engine.mixing import RowSums
 from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
@@ -158,10 +159,11 @@ def network_step(
                 key=key,
             )
             user_factors[cohort.users, :width] = result.user_vectors
-            weight = torch.from_numpy(weight_of[cohort.clients]).to(user_factors)
+            weights_here = weight_of[cohort.clients]
+            weight = to_device(weights_here, user_factors.device).to(user_factors.dtype)
             sums.add(x, result, weight)
             for y, head in zip(tasks, heads, strict=True):
-                sums.add_head(y, head, state.heads[y], weight)
+                sums.add_head(y, head, state.heads[y], weight, float(weights_here.sum()))
     sums = sums.of_all_processes()
     user_factors = fill_rows(user_factors, parts, shards.users_of)
 
@@ -255,11 +257,13 @@ class _NetworkSums:
         self.n_examples += result.n_examples.sum()
         self.n_rows[size] += result.row_valid.sum()
 
-    def add_head(self, size: int, trained: Head, before: Head, weight: Tensor) -> None:
-        """Add clients (C, ...) that trained a size's predictor."""
+    def add_head(
+        self, size: int, trained: Head, before: Head, weight: Tensor, total: float
+    ) -> None:
+        """Add clients (C, ...) that trained a size's predictor; `total` is their weight's sum."""
         for name, value in trained.items():
             self.heads[size][name] += torch.tensordot(weight, value - before[name], 1)
-        self.head_weights[size] += float(weight.sum())
+        self.head_weights[size] += total
 
     def of_all_processes(self) -> _NetworkSums:
         """Return what the clients of all processes that share a fit have sent."""
@@ -293,7 +297,7 @@ class _NetworkSums:
             state.heads, self.heads, self.head_weights, state.head_moments, strict=True
         ):
             grads = {name: -value[None] / (weight or 1.0) for name, value in change.items()}
-            active = torch.tensor([weight > 0], device=self.losses.device)
+            active = torch.full((1,), weight > 0, device=self.losses.device)
             moved, after = apply_gradients(lifted(head), grads, before, active, server_optimizer)
             heads.append({name: value[0] for name, value in moved.items()})
             moments.append(after)
@@ -335,13 +339,13 @@ def _network_logs(
 ) -> Logs:
     """Count a round's loss and traffic: whole models down, trained rows and predictors up."""
     held = client_parameters(state, dual_task=dual_task)
-    n_rows, down, up = sums.n_rows.tolist(), 0, 0
+    down, up = 0, sums.n_rows.new_zeros(())
     for x, (group, table) in enumerate(zip(members, state.tables, strict=True)):
         down += len(group) * dense_bytes((int(held[x]),))
-        up += sparse_row_bytes(n_rows[x], table.shape[1])
+        up += sums.n_rows[x] * sparse_row_bytes(1, table.shape[1])
         up += len(group) * dense_bytes((int(held[x]) - table.numel(),))
     return {
-        "loss": float(sums.losses / sums.n_examples.clamp_min(1)),
+        "loss": sums.losses / sums.n_examples.clamp_min(1),
         "clients": sum(len(group) for group in members),
         "bytes_down": down,
         "bytes_up": up,

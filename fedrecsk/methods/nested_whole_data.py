@@ -150,9 +150,9 @@ def whole_data_step(
             )
         for x, block in zip(federation, blocks, strict=True):
             tables[x] = moved[:, : block.stop]
-        logs["loss"] += float(sums.total.loss)
+        logs["loss"] = logs["loss"] + sums.total.loss.double()
         n_rows += sums.total.n_rows
-    logs["loss"] /= max(n_rows, 1)
+    logs["loss"] = logs["loss"] / max(n_rows, 1)
     return replace(
         state,
         user_factors=fill_rows(user_factors, parts, shards.users_of),

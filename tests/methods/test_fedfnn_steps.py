@@ -7,6 +7,7 @@ import torch
 
 from fedrecsk.engine import shards as shards_module
 from fedrecsk.engine.local import Optimizer
+from fedrecsk.engine.rounds import read_logs
 from fedrecsk.engine.sampling import epoch_cohort, uniform_cohort
 from fedrecsk.engine.shards import ClientShards
 from fedrecsk.engine.streams import Streams
@@ -114,7 +115,8 @@ def exact(state, shards, t, *, streams=STREAMS, n_sampled=None, predictor=None, 
 
 
 def predicted(before, trained, logs, shards, delegates, t, streams, predictor, prediction):
-    """The second half of a round, if there is one."""
+    """The second half of a round, if there is one, with what the loop over rounds reads."""
+    logs = read_logs(logs)
     if predictor is None:
         return trained, logs
     prediction = dict(prediction)
