@@ -168,7 +168,7 @@ def solved(
             penalty=penalty,
             mean_rows=len(shards.items) / shards.n_users,
         )
-    return found
+    return whole_data.all_solved(found)
 
 
 # Sampled negatives ------------------------------------------------------------------------------

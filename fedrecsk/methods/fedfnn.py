@@ -698,7 +698,7 @@ def refit_whole_data(
             penalty=penalty,
             mean_rows=mean_rows,
         )
-    return fill_rows(users, parts, shards.users_of)
+    return whole_data.all_solved(fill_rows(users, parts, shards.users_of))
 
 
 def refit_bce(

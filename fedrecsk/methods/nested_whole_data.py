@@ -237,7 +237,7 @@ def refit_whole_data(
     mean_rows: float,
 ) -> Tensor:
     """Solve users (U, N) exactly against a table (n_items, N), for `refit_users`."""
-    return whole_data.solve_users(
+    solved = whole_data.solve_users(
         cohort,
         table,
         table.T @ table,
@@ -245,3 +245,4 @@ def refit_whole_data(
         penalty=penalty,
         mean_rows=mean_rows,
     )
+    return whole_data.all_solved(solved)

@@ -205,6 +205,23 @@ def _solve(rows: Tensor, ridge: Tensor, shared: Tensor) -> Tensor:
     return solved.masked_fill_((failed > 0)[:, None], torch.nan)
 
 
+def all_solved(users: Tensor) -> Tensor:
+    """Return what `solve_users` gave, for use outside of rounds, where the host may wait.
+
+    Raises
+    ------
+    LinAlgError
+        If the equations of some user have no solution.
+    """
+    if bool(users.isnan().any()):
+        # torch documents the name but does not list it for type checkers.
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            "The equations of some users have no solution: their vectors or those of the items "
+            "are too large, or too alike without a penalty."
+        )
+    return users
+
+
 def user_sums(
     cohort: Cohort,
     users: Tensor,

@@ -1,7 +1,13 @@
+import numpy as np
 import pytest
 import torch
 
-from fedrecsk.engine.device import ELEMENTS_PER_THREAD, resolve_device, torch_threads
+from fedrecsk.engine.device import (
+    ELEMENTS_PER_THREAD,
+    resolve_device,
+    to_device,
+    torch_threads,
+)
 
 
 def test_auto_is_the_gpu_where_there_is_one():
@@ -52,3 +58,24 @@ def test_threads_are_restored_after_an_error():
         fail()
     assert inside == [1]
     assert torch.get_num_threads() == 2
+
+
+def test_arrays_are_sent_as_they_are():
+    values = np.arange(12).reshape(3, 4)
+    for each in (values, values[:, ::2], values.T, values[:0], values / 2):
+        sent = to_device(each, torch.device("cpu"))
+        assert sent.shape == each.shape
+        np.testing.assert_array_equal(sent.numpy(), each, strict=True)
+    assert to_device(values, torch.device("meta")).device.type == "meta"
+
+
+def test_copies_to_a_gpu_come_from_pinned_memory_and_do_not_block(monkeypatch):
+    calls = []
+
+    class Pinned:
+        def to(self, device, *, non_blocking=False):
+            calls.append((device.type, non_blocking))
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: Pinned())
+    to_device(np.arange(3), torch.device("cuda"))
+    assert calls == [("cuda", True)]

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import torch
 
 from fedrecsk.engine.rounds import EarlyStopping, Progress, run_rounds
 
@@ -230,3 +231,24 @@ def test_the_past_is_not_changed_and_bounds_the_loss():
     result = run_rounds(lambda s, t: (s, {"loss": 0.5}), 0, n_rounds=3, past=past)
     assert [record["round"] for record in result.history] == [1, 2, 3]
     assert past.history == [{"round": 1, "loss": 0.01}]
+
+
+def test_tensors_in_the_logs_are_read_when_the_round_is_over():
+    loss, n_bytes = torch.tensor(0.1), torch.tensor(2**40 + 1)
+
+    def step(state, t):
+        return state, {"loss": loss, "clients": 3, "bytes_up": n_bytes, "what": None}
+
+    (record,) = run_rounds(step, 0, n_rounds=1).history
+    assert list(record) == ["round", "loss", "clients", "bytes_up", "what", "seconds"]
+    assert (record["loss"], record["bytes_up"], record["what"]) == (float(loss), 2**40 + 1, None)
+    assert {name: type(record[name]) for name in ("loss", "clients", "bytes_up")} == {
+        "loss": float,
+        "clients": int,
+        "bytes_up": int,
+    }
+
+
+def test_a_loss_that_is_a_tensor_ends_a_fit_that_diverges():
+    with pytest.raises(FloatingPointError, match="round 1"):
+        run_rounds(lambda s, t: (s, {"loss": torch.tensor(torch.nan)}), 0, n_rounds=2)

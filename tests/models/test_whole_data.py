@@ -7,6 +7,7 @@ from fedrecsk.models.whole_data import (
     Penalty,
     ServerStatistics,
     Sums,
+    all_solved,
     default_rate,
     default_unobserved_weight,
     server_step,
@@ -398,3 +399,32 @@ def test_a_step_of_rate_zero_changes_nothing_but_the_statistics():
     assert torch.equal(before.gram, torch.zeros(N_FACTORS, N_FACTORS))
     assert after.weight == pytest.approx(0.1)
     torch.testing.assert_close(after.gram / after.weight, sums.gram)
+
+
+def test_users_without_a_solution_are_not_numbers_and_the_others_are_solved():
+    shards, table = SINGLE, item_table(SINGLE, torch.float32)
+    expected = solved(shards, table)
+    cohort = everybody(shards)
+    spoilt = int(cohort.items[0])
+    found = solve_users(
+        cohort, table.index_fill(0, torch.tensor([spoilt]), torch.nan), table.T @ table,
+        unobserved_weight=W0, penalty=PENALTY,
+        mean_rows=len(shards.items) / shards.n_users,
+    )  # fmt: skip
+    holders = cohort.row_user[cohort.items == spoilt].unique()
+    others = torch.ones(cohort.n_users, dtype=torch.bool).index_fill(0, holders, False)
+    assert 0 < len(holders) < cohort.n_users
+    assert found[holders].isnan().all()
+    assert torch.equal(found[others], expected[others])
+    assert all_solved(expected) is expected
+    with pytest.raises(torch.linalg.LinAlgError, match="no solution"):
+        all_solved(found)
+
+
+def test_a_matrix_that_is_not_positive_has_no_solution():
+    shards, table = SINGLE, item_table(SINGLE, torch.float32)
+    found = solve_users(
+        everybody(shards), table, -1e3 * torch.eye(N_FACTORS),
+        unobserved_weight=W0, penalty=PENALTY, mean_rows=1.0,
+    )  # fmt: skip
+    assert found.isnan().all()
