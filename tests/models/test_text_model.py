@@ -139,7 +139,7 @@ def test_long_texts_are_cut(untrained):
 def test_special_tokens_in_titles_are_text(untrained, backend):
     titles = ("Red [SEP] Robot [PAD]", "Castle")
     model = opened(untrained[backend], catalogue_of(titles, titles))
-    tokens, mask = model.items.read(np.array([[0]]))
+    _, mask = model.items.read(np.array([[0]]))
     special = untrained[backend].tokenizer.all_special_ids
     pieces = model.items.pieces[0].tolist()
     unknown = untrained[backend].tokenizer.unk_token_id
