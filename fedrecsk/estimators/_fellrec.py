@@ -156,7 +156,8 @@ class FELLRecRecommender(BaseRecommender):
     client_layers : int, "auto" or None, default=None
         Layers that a client keeps before those of the server; it keeps the last one too. Results
         are the same, and ``history_`` counts what crosses the boundary. ``"auto"``: the fewest
-        that keep the reconstruction of texts below ``max_risk``. None: the client holds all.
+        that keep the reconstruction of texts below ``max_risk``, an error where there are none, as
+        with compact models at the default. None: the client holds all.
     max_risk : float in (0, 1], default=0.5
         Share of tokens that a server may reconstruct, for ``client_layers="auto"``.
     max_history : int, default=10
