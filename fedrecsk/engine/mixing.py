@@ -1,50 +1,59 @@
 """Aggregation. Whatever its name, it is a weighted sum over clients.
 
-Rows of many clients meet in one table. Scattering them one by one (``index_add_``) is bound by
-random writes; a sparse matrix with one row per table row turns the same sum into a streaming
-product, and carries the weights for free.
+Rows of many clients meet in one table. torch's ``index_add_`` takes them one tensor at a time. A
+sparse matrix times a dense one is the same sum and carries the weights for free: on a CPU with one
+column for each row that comes in, which reads them in order and adds each into a table that stays
+in the cache; on a GPU, which adds in no fixed order, with one row for each row of the table, and
+that wants them sorted.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+from scipy.sparse import csc_array
 from torch import Tensor
 
-# Up to here the random writes of index_add_ cost less than preparing a sparse product. Only on
-# a CPU: a GPU adds in no fixed order.
+# Up to here index_add_ costs less than preparing a sparse product. Only on a CPU: a GPU adds in
+# no fixed order.
 FEW_ROWS = 4_096
 
 
 @dataclass(frozen=True, eq=False)
 class RowSums:
-    """Where the rows of many clients go in a table; sorts once, sums as often as wanted.
+    """Where the rows of many clients go in a table; prepares once, sums as often as wanted.
 
     Attributes
     ----------
-    order : Tensor of shape (K,)
-        The rows by the table row they belong to.
-    offsets : Tensor of shape (n_rows + 1,)
-        Where each table row starts in `order`.
+    index : Tensor of shape (K,)
+        The table row that each one belongs to.
+    n_rows : int
+        Rows of the table.
 
     Examples
     --------
     >>> import torch
     >>> from fedrecsk.engine.mixing import RowSums
-    >>> sums = RowSums.of(torch.tensor([2, 0, 2]), 3)
+    >>> sums = RowSums(torch.tensor([2, 0, 2]), 3)
     >>> sums.add(torch.tensor([[1.0], [2.0], [4.0]])).flatten().tolist()
     [2.0, 0.0, 5.0]
     """
 
-    order: Tensor
-    offsets: Tensor
+    index: Tensor
+    n_rows: int
 
-    @classmethod
-    def of(cls, index: Tensor, n_rows: int) -> RowSums:
-        """Prepare sums of rows that belong to the table rows `index` (K,)."""
-        return cls(torch.argsort(index, stable=True), row_offsets(index, n_rows))
+    @cached_property
+    def _one_each(self) -> Tensor:
+        """Offsets (K + 1,) of a CSC matrix with one entry in each column."""
+        return torch.arange(len(self.index) + 1)
+
+    @cached_property
+    def _by_row(self) -> tuple[Tensor, Tensor]:
+        """The rows by the table row they belong to (K,), and where each of those starts."""
+        return torch.argsort(self.index, stable=True), row_offsets(self.index, self.n_rows)
 
     def add(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sum weighted rows into the rows of the table.
@@ -62,11 +71,11 @@ class RowSums:
             ``out[i] = sum of weights[k] * values[k] over index[k] == i``; zero for untouched
             rows.
         """
-        if weights is None:
-            data = values.new_ones(len(self.order))
-        else:
-            data = weights.index_select(0, self.order).to(values.dtype)
-        return csr_product(self.offsets, self.order, data, values, len(self.offsets) - 1)
+        data = values.new_ones(len(self.index)) if weights is None else weights.to(values.dtype)
+        if values.device.type == "cpu":
+            return csc_product(self._one_each, self.index, data, values, self.n_rows)
+        order, offsets = self._by_row
+        return csr_product(offsets, order, data.index_select(0, order), values, self.n_rows)
 
 
 def scatter_sum(
@@ -99,7 +108,7 @@ def scatter_sum(
     if len(index) <= FEW_ROWS and values.device.type == "cpu":
         weighted = values if weights is None else values * weights[:, None]
         return values.new_zeros(n_rows, values.shape[1]).index_add_(0, index, weighted)
-    return RowSums.of(index, n_rows).add(values, weights)
+    return RowSums(index, n_rows).add(values, weights)
 
 
 def row_offsets(index: Tensor, n_rows: int) -> Tensor:
@@ -117,6 +126,17 @@ def csr_product(
     size = (n_rows, len(dense))
     matrix = torch.sparse_csr_tensor(indptr, columns, data, size=size, check_invariants=False)
     return matrix @ dense
+
+
+def csc_product(indptr: Tensor, rows: Tensor, data: Tensor, dense: Tensor, n_rows: int) -> Tensor:
+    """Product of a CSC matrix (n_rows, len(dense)) with a dense one, on a CPU.
+
+    Of columns in any order nothing needs to be sorted, and sums are in the order of the columns.
+    """
+    matrix = csc_array(
+        (data.numpy(), rows.numpy(), indptr.numpy()), shape=(n_rows, len(dense)), copy=False
+    )
+    return torch.from_numpy(matrix @ dense.numpy())
 
 
 def weighted_mean(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -339,7 +339,7 @@ def _gradients_of_batch(
         # A network's local loss is the mean over a client's examples, the other one their sum.
         share = result.n_examples if state.head else torch.ones_like(result.n_examples)
         share = share / STRIDE
-        sums = RowSums.of(result.row_items, len(table))
+        sums = RowSums(result.row_items, len(table))
         weight = share[result.row_clients] * result.row_valid
         shared["item"] -= sums.add(result.row_delta, weight)
         for name, value in heads.items():

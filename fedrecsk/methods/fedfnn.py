@@ -283,7 +283,7 @@ def bce_step(
             key=key,
         )
         weight = _row_weights(result, item_weighting, cohort, client_rows, total_rows)
-        sums = RowSums.of(result.row_items, len(table))
+        sums = RowSums(result.row_items, len(table))
         denominator += sums.add(weight[:, None])
         if server_optimizer is not None:
             numerator += sums.add(result.row_values, weight)

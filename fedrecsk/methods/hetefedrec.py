@@ -249,7 +249,7 @@ class _NetworkSums:
     def add(self, size: int, result: LocalResult, weight: Tensor) -> None:
         """Add clients of a size that count by weight (C,)."""
         each = weight[result.row_clients] * result.row_valid
-        rows = RowSums.of(result.row_items, len(self.trained[size]))
+        rows = RowSums(result.row_items, len(self.trained[size]))
         # The differences and not the rows: a small step must not drown in the rows' rounding.
         self.changes[size] += rows.add(result.row_delta, each)
         self.trained[size] += rows.add(each[:, None])[:, 0]

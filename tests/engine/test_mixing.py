@@ -3,7 +3,14 @@ import pytest
 import torch
 
 from fedrecsk.engine import mixing
-from fedrecsk.engine.mixing import RowSums, csr_product, row_offsets, scatter_sum, weighted_mean
+from fedrecsk.engine.mixing import (
+    RowSums,
+    csc_product,
+    csr_product,
+    row_offsets,
+    scatter_sum,
+    weighted_mean,
+)
 
 
 def plain_scatter_sum(values, index, n_rows, weights):
@@ -65,15 +72,32 @@ def test_scatter_sum_does_not_change_its_arguments():
     assert all(map(torch.equal, copies, [values, index, weights]))
 
 
-def test_row_sums_are_sorted_once_and_used_again():
+def test_row_sums_are_prepared_once_and_used_again():
     index = torch.tensor([2, 0, 2, 4])
-    sums = RowSums.of(index, 5)
+    sums = RowSums(index, 5)
     for width in (1, 3):
         values, weights = torch.rand(4, width), torch.rand(4)
         expected = plain_scatter_sum(values, index, 5, weights)
         torch.testing.assert_close(sums.add(values, weights), expected)
         expected = plain_scatter_sum(values, index, 5, torch.ones(4))
         torch.testing.assert_close(sums.add(values), expected)
+
+
+def test_products_by_column_and_by_row_are_the_same():
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(7, (50,), generator=generator)
+    values, weights = torch.randn(50, 3, generator=generator), torch.rand(50, generator=generator)
+    order = torch.argsort(index, stable=True)
+    by_row = csr_product(row_offsets(index, 7), order, weights[order], values, 7)
+    by_column = csc_product(torch.arange(51), index, weights, values, 7)
+    torch.testing.assert_close(by_column, by_row)
+    assert by_column.dtype == values.dtype
+
+
+def test_columns_may_have_several_entries_or_none():
+    indptr, rows = torch.tensor([0, 2, 2, 3]), torch.tensor([1, 0, 1])
+    found = csc_product(indptr, rows, torch.tensor([2.0, 3.0, 5.0]), torch.eye(3), 2)
+    assert found.tolist() == [[3.0, 0.0, 0.0], [2.0, 0.0, 5.0]]
 
 
 def test_row_offsets_count_entries():

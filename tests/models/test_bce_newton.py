@@ -171,7 +171,7 @@ def test_curvature_sums_are_loops_over_clients_and_their_items(item_bias, path):
     result = sampled_bce.train(cohort, users[cohort.users], table, **arguments)
     found, gram = curvature_sums(
         result,
-        RowSums.of(result.row_items, len(table)),
+        RowSums(result.row_items, len(table)),
         sampled_bce.with_constant(result.user_vectors, item_bias),
         table,
     )
