@@ -127,31 +127,9 @@ def draw_examples(
     examples : LocalExamples
         In the cohort's order of rows.
     """
-    device = cohort.device
-    user = cohort.users[cohort.row_user]
-    position = cohort.position()
-    counts = cohort.sizes
-    seen = counts[cohort.row_user][:, None]  # (n, 1)
-    unseen = n_items - seen
-
-    column = torch.arange(n_negatives, device=device)
-    # Neighbouring strata go to different positives, so that a mini-batch spans the catalogue.
-    stratum = column * seen + position[:, None]  # (n, n_negatives)
-    n_strata = torch.minimum(seen * n_negatives, unseen)
-    valid = stratum < n_strata
-    # Strata of equal size, the first ones with one item more where it does not come out even.
-    size = unseen // n_strata.clamp_min(1)
-    larger = unseen - size * n_strata
-    low = stratum * size + torch.minimum(stratum, larger)
-    width = size + (stratum < larger)
-    within = counter_uniform(derived_key(key, "negatives"), user[:, None], stratum) * width
-    offset = counter_uniform(derived_key(key, "offset"), cohort.users) * (n_items - counts)
-    rank = low + within.long() + offset.long()[cohort.row_user][:, None]
-    rank = torch.where(rank < unseen, rank, rank - unseen)
-    negatives = _unseen_item(cohort, rank, n_items, valid)
-
+    negatives, valid = _draw_negatives(cohort, n_items, n_negatives, key)
     items = torch.cat([cohort.items[:, None], negatives], dim=1)
-    keep = torch.cat([torch.ones_like(valid[:, :1]), valid], dim=1)
+    keep = torch.cat([valid.new_ones(len(valid), 1), valid], dim=1)
     largest = max(1, int(cohort.client_rows.max(initial=0)))
     per_batch = largest if batch_size is None else max(1, batch_size // (1 + n_negatives))
     rank = _rank_in_client(cohort, derived_key(key, "shuffle"), shuffle=batch_size is not None)
@@ -165,15 +143,52 @@ def draw_examples(
     )
 
 
-def _unseen_item(cohort: Cohort, rank: Tensor, n_items: int, valid: Tensor) -> Tensor:
-    """Return the item that is number `rank` (n, m) among those the row's user has not seen."""
+def _draw_negatives(
+    cohort: Cohort, n_items: int, n_negatives: int, key: int
+) -> tuple[Tensor, Tensor]:
+    """Draw negatives (n, n_negatives) of every positive, and say which there are."""
+    # Numbers of users are worked out once for each (U,), those of draws stratum by stratum: then
+    # a user's draws ascend but for one turn, and are looked up in an order that the cache likes.
+    seen = torch.from_numpy(cohort.counts).to(cohort.device)
+    starts, unseen = cohort.offsets()[:-1], n_items - seen
+    n_strata = torch.minimum(seen * n_negatives, unseen)
+    # Strata of equal size, the first ones with one item more where it does not come out even.
+    size = unseen // n_strata.clamp_min(1)
+    larger = unseen - size * n_strata
+    offset = (counter_uniform(derived_key(key, "offset"), cohort.users) * unseen).long()
+
+    draws = cohort.row_user.repeat_interleave(n_negatives)  # the user of each, (n * n_negatives,)
+
+    def of_draws(values: Tensor) -> Tensor:
+        return values.index_select(0, draws)
+
+    first = starts * n_negatives
+    stratum = torch.arange(len(draws), device=cohort.device) - of_draws(first)
+    more = of_draws(larger)
+    low = stratum * of_draws(size) + torch.minimum(stratum, more)
+    width = of_draws(size) + (stratum < more)
+    chance = counter_uniform(derived_key(key, "negatives"), of_draws(cohort.users), stratum)
+    rank = low + (chance * width).long() + of_draws(offset)
+    rest = of_draws(unseen)
+    rank = torch.where(rank < rest, rank, rank - rest)
+    item = rank + _seen_below(cohort, rank, draws, n_items, starts)
+
+    # Neighbouring strata go to different positives, so that a mini-batch spans the catalogue.
+    column = torch.arange(n_negatives, device=cohort.device)
+    own = column * seen.index_select(0, cohort.row_user)[:, None] + cohort.position()[:, None]
+    valid = own < n_strata.index_select(0, cohort.row_user)[:, None]
+    place = own + first.index_select(0, cohort.row_user)[:, None]
+    drawn = item.index_select(0, place.reshape(-1)).reshape(place.shape)
+    return torch.where(valid, drawn, cohort.items[:, None]), valid
+
+
+def _seen_below(cohort: Cohort, rank: Tensor, user: Tensor, n_items: int, starts: Tensor) -> Tensor:
+    """Count the seen items (m,) before the one that is number `rank` (m,) of a user's unseen."""
     # With a user's items p_0 < p_1 < ..., unseen item number r is r + #{k : p_k - k <= r}.
     stride = n_items + 1
     shifted = cohort.items - cohort.position() + cohort.row_user * stride
-    wanted = rank + (cohort.row_user * stride)[:, None]
-    below = torch.searchsorted(shifted, wanted, right=True)
-    below -= cohort.offsets()[:-1][cohort.row_user][:, None]
-    return torch.where(valid, rank + below, cohort.items[:, None])
+    below = torch.searchsorted(shifted, rank + user * stride, right=True)
+    return below - starts.index_select(0, user)
 
 
 def _rank_in_client(cohort: Cohort, key: int, *, shuffle: bool) -> Tensor:
@@ -182,12 +197,23 @@ def _rank_in_client(cohort: Cohort, key: int, *, shuffle: bool) -> Tensor:
     order = torch.arange(cohort.n_rows, device=owner.device)
     if shuffle:
         chance = counter_uniform(key, cohort.users[cohort.row_user], cohort.items)
-        order = torch.argsort(owner.to(torch.float64) + chance, stable=True)
+        order = _argsort(owner.to(torch.float64) + chance)
     per_client = owner.new_zeros(len(cohort.clients)).index_add_(0, cohort.owner, cohort.sizes)
     starts = per_client.cumsum(0) - per_client
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
     return rank - starts[owner]
+
+
+def _argsort(values: Tensor) -> Tensor:
+    """Sort numbers (n,) of which hardly any are equal, as a stable argsort does."""
+    if values.device.type != "cpu":
+        return torch.argsort(values, stable=True)
+    order = np.argsort(values.numpy())  # a third of the time, but in no order of equal ones
+    ascending = values.numpy()[order]
+    if (ascending[1:] == ascending[:-1]).any():
+        order = np.argsort(values.numpy(), kind="stable")
+    return torch.from_numpy(order)
 
 
 def train(
@@ -286,7 +312,8 @@ def _train_fused(
     for epoch in range(local_epochs):
         for first, mask, block in parts:  # block: (c, b, width), a view of rows
             vec, target = users[first:], label[: mask.shape[1]]  # (c, width), a view, and (b,)
-            score = torch.bmm(block, vec[:, :, None])[:, :, 0]  # (c, b)
+            # (c, b); as vectors times transposed rows, a sixth of rows times vectors.
+            score = torch.bmm(vec[:, None, :], block.mT)[:, 0]
             error = (torch.sigmoid(score) - target).mul_(mask)
             if epoch == 0:
                 loss = torch.nn.functional.softplus(score) - target * score
@@ -518,7 +545,8 @@ def refit_users(
     fan = examples.items.shape[1]
     items = cohort.padded(examples.items, 0)
     mask = cohort.padded(examples.valid, False).reshape(cohort.n_users, -1).to(item_table.dtype)
-    rows = item_table[items.reshape(-1)].reshape(*mask.shape, item_table.shape[1])
+    rows = item_table.index_select(0, items.reshape(-1))
+    rows = rows.reshape(*mask.shape, item_table.shape[1])
     label = torch.zeros_like(mask)
     label[:, ::fan] = 1.0
     factors = rows[:, :, :width]
@@ -530,7 +558,7 @@ def refit_users(
     factor = torch.linalg.cholesky(bound + (penalty[:, None, None] + 1e-6) * eye)
     users = user_vectors.clone()
     for _ in range(n_steps):
-        score = torch.bmm(factors, users[:, :, None])[:, :, 0] + bias
+        score = torch.bmm(users[:, None, :], factors.mT)[:, 0] + bias
         error = (torch.sigmoid(score) - label) * mask
         grad = torch.bmm(error[:, None, :], factors)[:, 0] + penalty[:, None] * users
         users = users - torch.cholesky_solve(grad[:, :, None], factor)[:, :, 0]
