@@ -31,6 +31,10 @@ from fedrecsk.engine.mixing import scatter_sum
 from fedrecsk.engine.shards import Cohort
 from fedrecsk.engine.streams import counter_uniform, derived_key
 
+# Up to so many user-item pairs for each negative, listing the unseen ones takes less time than a
+# binary search for each negative.
+LISTED = 8
+
 
 @dataclass(frozen=True, eq=False)
 class LocalExamples:
@@ -147,48 +151,54 @@ def _draw_negatives(
     cohort: Cohort, n_items: int, n_negatives: int, key: int
 ) -> tuple[Tensor, Tensor]:
     """Draw negatives (n, n_negatives) of every positive, and say which there are."""
-    # Numbers of users are worked out once for each (U,), those of draws stratum by stratum: then
-    # a user's draws ascend but for one turn, and are looked up in an order that the cache likes.
-    seen = torch.from_numpy(cohort.counts).to(cohort.device)
-    starts, unseen = cohort.offsets()[:-1], n_items - seen
-    n_strata = torch.minimum(seen * n_negatives, unseen)
+    device = cohort.device
+    position = cohort.position()
+    # What is the same for all rows of a user is worked out once for each, (U,).
+    counts = torch.from_numpy(cohort.counts).to(device)
+    left = n_items - counts
+    strata = torch.minimum(counts * n_negatives, left)
     # Strata of equal size, the first ones with one item more where it does not come out even.
-    size = unseen // n_strata.clamp_min(1)
-    larger = unseen - size * n_strata
-    offset = (counter_uniform(derived_key(key, "offset"), cohort.users) * unseen).long()
+    sizes = left // strata.clamp_min(1)
+    offset = (counter_uniform(derived_key(key, "offset"), cohort.users) * left).long()
 
-    draws = cohort.row_user.repeat_interleave(n_negatives)  # the user of each, (n * n_negatives,)
+    def of_rows(values: Tensor) -> Tensor:
+        return values.index_select(0, cohort.row_user)[:, None]  # (n, 1)
 
-    def of_draws(values: Tensor) -> Tensor:
-        return values.index_select(0, draws)
-
-    first = starts * n_negatives
-    stratum = torch.arange(len(draws), device=cohort.device) - of_draws(first)
-    more = of_draws(larger)
-    low = stratum * of_draws(size) + torch.minimum(stratum, more)
-    width = of_draws(size) + (stratum < more)
-    chance = counter_uniform(derived_key(key, "negatives"), of_draws(cohort.users), stratum)
-    rank = low + (chance * width).long() + of_draws(offset)
-    rest = of_draws(unseen)
-    rank = torch.where(rank < rest, rank, rank - rest)
-    item = rank + _seen_below(cohort, rank, draws, n_items, starts)
-
+    column = torch.arange(n_negatives, device=device)
     # Neighbouring strata go to different positives, so that a mini-batch spans the catalogue.
-    column = torch.arange(n_negatives, device=cohort.device)
-    own = column * seen.index_select(0, cohort.row_user)[:, None] + cohort.position()[:, None]
-    valid = own < n_strata.index_select(0, cohort.row_user)[:, None]
-    place = own + first.index_select(0, cohort.row_user)[:, None]
-    drawn = item.index_select(0, place.reshape(-1)).reshape(place.shape)
-    return torch.where(valid, drawn, cohort.items[:, None]), valid
+    stratum = column * of_rows(counts) + position[:, None]  # (n, n_negatives)
+    valid = stratum < of_rows(strata)
+    size, larger, unseen = of_rows(sizes), of_rows(left - sizes * strata), of_rows(left)
+    low = stratum * size + torch.minimum(stratum, larger)
+    width = size + (stratum < larger)
+    within = counter_uniform(derived_key(key, "negatives"), of_rows(cohort.users), stratum) * width
+    rank = low + within.long() + of_rows(offset)
+    rank = torch.where(rank < unseen, rank, rank - unseen)
+    return _unseen_item(cohort, rank, n_items, valid), valid
 
 
-def _seen_below(cohort: Cohort, rank: Tensor, user: Tensor, n_items: int, starts: Tensor) -> Tensor:
-    """Count the seen items (m,) before the one that is number `rank` (m,) of a user's unseen."""
+def _unseen_item(cohort: Cohort, rank: Tensor, n_items: int, valid: Tensor) -> Tensor:
+    """Return the item that is number `rank` (n, m) among those the row's user has not seen."""
+    starts = cohort.offsets()[:-1]
+    if cohort.n_users * n_items <= LISTED * rank.numel():
+        # Listing what the users have not seen takes less than that many searches.
+        seen = cohort.row_user * n_items + cohort.items
+        unseen = torch.ones(cohort.n_users * n_items, dtype=torch.bool, device=cohort.device)
+        unseen[seen] = False
+        listed = torch.nonzero(unseen)[:, 0]
+        base = torch.arange(cohort.n_users, device=cohort.device) * n_items  # of each user's items
+        place = rank + (base - starts).index_select(0, cohort.row_user)[:, None]
+        place.clamp_(max=max(len(listed) - 1, 0))  # ranks that are not valid may lie beyond
+        found = listed[place] if len(listed) else rank
+        drawn = found - base.index_select(0, cohort.row_user)[:, None]
+        return torch.where(valid, drawn, cohort.items[:, None])
     # With a user's items p_0 < p_1 < ..., unseen item number r is r + #{k : p_k - k <= r}.
     stride = n_items + 1
     shifted = cohort.items - cohort.position() + cohort.row_user * stride
-    below = torch.searchsorted(shifted, rank + user * stride, right=True)
-    return below - starts.index_select(0, user)
+    wanted = rank + (cohort.row_user * stride)[:, None]
+    below = torch.searchsorted(shifted, wanted, right=True)
+    below -= starts.index_select(0, cohort.row_user)[:, None]
+    return torch.where(valid, rank + below, cohort.items[:, None])
 
 
 def _rank_in_client(cohort: Cohort, key: int, *, shuffle: bool) -> Tensor:
