@@ -217,7 +217,7 @@ def machine() -> dict[str, Any]:
     """Describe processor and software, with the versions of what is compared with."""
     others = {
         name: metadata.version(name)
-        for name in ("implicit", "pfl")
+        for name in ("flwr", "implicit", "pfl")
         if importlib.util.find_spec(name) is not None
     }
     return {

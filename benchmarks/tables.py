@@ -23,6 +23,7 @@ import fedfnn_sensitivity as sensitivity
 import fedfnn_streaming as streaming
 import fellrec_balance as balance
 import fellrec_split as split
+import round_profile as profile
 import scale
 from _common import RESULTS, paired_ratio
 
@@ -99,6 +100,46 @@ def cohort_speed_summary(report: Report) -> str:
             if not contender.endswith("full batch"):
                 cells.setdefault(contender, {})[name] = f"{statistics.median(values):.3f} s"
     return _by_data(cells, list(report["data"]))
+
+
+def round_profile_section(report: Report) -> str:
+    """One table a model: seconds by phase, beside what was counted."""
+    limits = report["limits"]
+    can = (
+        f"One thread reached {limits['flops'] / 1e9:.0f} Gflop/s, {limits['bytes'] / 1e9:.1f} GB/s "
+        f"and {limits['rows'] / 1e6:.0f} million random rows/s."
+    )
+    parts = [f"{origin(report)} {can}"]
+    for name, result in report["data"].items():
+        for kind, entry in result["models"].items():
+            parts += [f"**{name}, {kind}**", markdown(profile.HEADER, profile.rows_of(entry))]
+    return "\n\n".join(parts)
+
+
+def other_engines_section(report: Report) -> str:
+    """One table a data set of what was timed against what."""
+    parts = [origin(report)]
+    for name, result in report["data"].items():
+        rows = [
+            [f"{what}, {n} {'thread' if n == '1' else 'threads'}", _median(seconds[n])]
+            for what, seconds in result["threads"].items()
+            for n in ("1", "2")
+        ]
+        if "ranking" in result:
+            for who, seconds in result["ranking"]["seconds"].items():
+                rows.append([f"top 20 of all users, {who}", _median(seconds)])
+        if "flower" in result:
+            timed = result["flower"]
+            rows.append(["a round, engine", _median(timed["engine"])])
+            for kind in ("training", "idle"):
+                what = f"a round, Flower with {kind} clients, scaled up"
+                rows.append([what, f"{timed[kind]['a_round']:.1f}"])
+        parts += [f"**{name}**", markdown(["", "seconds"], rows)]
+    return "\n\n".join([*parts, *goals(report)])
+
+
+def _median(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):.3f}"
 
 
 def whole_data_section(report: Report) -> str:
@@ -277,6 +318,8 @@ SECTIONS: Places = {
     "fellrec_balance": ("fellrec_balance", fellrec_balance_section),
     "fellrec_split": ("fellrec_split", fellrec_split_section),
     "hetefedrec_sizes": ("hetefedrec_sizes", hetefedrec_sizes_section),
+    "other_engines": ("other_engines", other_engines_section),
+    "round_profile": ("round_profile", round_profile_section),
     "scale": ("scale", scale_section),
     "whole_data": ("whole_data", whole_data_section),
 }
@@ -295,7 +338,7 @@ OF_SCALE: Places = {"scale": ("scale", scale_summary)}
 def origin(report: Report) -> str:
     """Say with which command and where the numbers came about."""
     machine = report["machine"]
-    named = ("python", "torch", "numpy", "implicit", "pfl")
+    named = ("python", "torch", "numpy", "implicit", "pfl", "flwr")
     versions = [f"{part} {machine[part]}" for part in named if part in machine]
     return (
         f"`{report['command']}` on {machine['cpu']}, {machine['cores']} cores; "

@@ -35,6 +35,7 @@ convergence, sensitivity = script("fedfnn_convergence"), script("fedfnn_sensitiv
 sizes, sizes_report = script("hetefedrec_sizes"), script("_sizes_report")
 balance = script("fellrec_balance")
 split = script("fellrec_split")
+round_profile, other_engines = script("round_profile"), script("other_engines")
 scale = script("scale")
 
 
@@ -47,7 +48,7 @@ def data():
 @pytest.fixture
 def only_tiny(monkeypatch, data):
     """Let every script load the tiny data."""
-    for module in (accuracy, cohort_speed, convergence, sizes):
+    for module in (accuracy, cohort_speed, convergence, other_engines, round_profile, sizes):
         monkeypatch.setattr(module, "load", lambda paths, quick: [data])
 
 
@@ -361,6 +362,98 @@ def test_cohort_speed_runs_and_writes(only_tiny, tmp_path, capsys):
         assert name in printed
     goals = [line for line in printed.splitlines() if line.startswith("goal: ")]
     assert any("lean loop / engine" in goal for goal in goals)
+
+
+# ------------------------------------------------------------ round_profile
+
+
+def test_clock_books_seconds_where_they_are_spent(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(round_profile.time, "perf_counter", lambda: next(now))
+    clock = round_profile.Clock()
+    scatter = clock.timed("scatter", lambda: None)
+
+    def train():
+        return clock.timed("scatter", scatter)()
+
+    clock.round_of(clock.timed("local steps", train))()
+    # The clock ticks once whenever a phase begins or ends.
+    (record,) = clock.rounds
+    assert {phase: ticks for phase, ticks in record.items() if ticks} == {
+        "rest": 2, "local steps": 2, "scatter": 3,
+    }  # fmt: skip
+
+
+def test_round_profile_runs_and_leaves_the_library_as_it_was(only_tiny, tmp_path, capsys):
+    before = dict(vars(round_profile.fedfnn)), round_profile.torch.Tensor.index_select
+    out = tmp_path / "x.json"
+    assert round_profile.main(["--quick", "--out", str(out)]) == 0
+    assert (dict(vars(round_profile.fedfnn)), round_profile.torch.Tensor.index_select) == before
+    report = json.loads(out.read_text())
+    models = report["data"]["tiny"]["models"]
+    assert list(models) == list(round_profile.MODELS)
+    for entry in models.values():
+        for phase in ("gather", "local steps", "scatter", "server step", "evaluation"):
+            assert entry["phases"][phase]["seconds"][0] > 0, phase
+            assert entry["phases"][phase]["limit"] > 0, phase
+        inside = [p["seconds"][0] for name, p in entry["phases"].items() if name != "evaluation"]
+        assert sum(inside) == pytest.approx(entry["rounds"][0])
+    assert "local steps" in capsys.readouterr().out
+    text = "<!-- round_profile -->\n<!-- /round_profile -->"
+    filled = tables.rewrite(text, {"round_profile": report}, tables.SECTIONS)
+    assert filled.count("| local steps |") == 4
+
+
+def test_counts_of_a_round():
+    fitted = FedFNNRecommender(n_factors=32)
+    fitted.user_ids_, fitted.item_ids_ = np.arange(3), np.arange(5)
+    count = round_profile.counted("mf, bce", fitted, 10)
+    assert count["local steps"].macs == 50 * 3 * 32
+    assert count["scatter"].macs == 50 * 32
+    machine = {"flops": 2.0, "bytes": 1e9, "rows": 1e9}
+    assert count["scatter"].seconds(machine) == 50 * 32
+
+
+# ------------------------------------------------------------ other_engines
+
+
+def test_other_engines_runs_and_writes(only_tiny, tmp_path):
+    out = tmp_path / "x.json"
+    assert other_engines.main(["--quick", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert [goal["what"] for goal in report["goals"]] == [
+        f"tiny, {what}, two threads / one"
+        for what in ("two rounds, bce", "two rounds, whole-data", "recommend")
+    ]
+    text = "<!-- other_engines -->\n<!-- /other_engines -->"
+    filled = tables.rewrite(text, {"other_engines": report}, tables.SECTIONS)
+    assert "| recommend, 2 threads |" in filled
+
+
+def test_other_engines_goals():
+    seconds = {"ours": [1.0, 1.0, 4.0], "implicit": [2.0, 3.0, 4.0]}
+    timed = {"a_round": 900.0}
+    result = {
+        "flower": {"engine": [1.0, 2.0, 3.0], "training": timed, "idle": {"a_round": 2_000.0}},
+        "ranking": {"seconds": seconds},
+        "threads": {"recommend": {"1": [2.0], "2": [1.0]}},
+    }
+    goals = {goal.what: goal for goal in other_engines.goals_of("ml", result)}
+    assert goals["ml, a round, Flower, training clients / engine"].value == 450.0
+    assert goals["ml, a round, Flower, idle clients / engine"].held
+    assert goals["ml, top 20 of all users, implicit / ours"].value == 2.0
+    assert goals["ml, recommend, two threads / one"].value == 0.5
+
+
+def test_implicit_ranks_the_same_factors():
+    pytest.importorskip("implicit")
+    made = make_interactions(30, 40, 2, random_state=0)
+    model = other_engines.fitted(common.Data("tiny", made.data, made.target))
+    with common.one_thread():
+        assert other_engines.ranking(model, 1)["same"] > 0.99
+
+
+# ------------------------------------------------------------- cohort_speed
 
 
 def test_cohort_speed_goals_are_ratios_of_pairs():
