@@ -417,12 +417,12 @@ def goals_of(name: str, result: dict[str, Any]) -> list[Goal]:
     seconds, goals = result["seconds"], []
     for kind in ("batches of 64", "full batch"):
         ours = seconds[f"engine, {kind}"]
-        for other, target in (("tutorial loop", 30.0), ("lean loop", 30.0), ("pfl", 10.0)):
+        for other, target in (("tutorial loop", 50.0), ("lean loop", 50.0), ("pfl", 20.0)):
             if f"{other}, {kind}" in seconds:
                 ratio = paired_ratio(seconds[f"{other}, {kind}"], ours)
                 goals.append(Goal(f"{name}, {kind}, {other} / engine", ratio, target))
         ratio = paired_ratio(ours, seconds["centralised"])
-        goals.append(Goal(f"{name}, {kind}, engine / centralised", ratio, 2.0, at_least=False))
+        goals.append(Goal(f"{name}, {kind}, engine / centralised", ratio, 1.5, at_least=False))
     return goals
 
 
