@@ -50,7 +50,7 @@ from fedrecsk import FedAvgRecommender, FedFNNRecommender
 
 SCRIPT = "other_engines"
 TOP = 20
-FLOWER_CLIENTS = (30, 120)
+FLOWER_CLIENTS = (10, 40)
 
 
 def flower_seconds(federation: Federation, n_clients: int, rounds: int, *, idle: bool) -> float:

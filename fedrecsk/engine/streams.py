@@ -117,7 +117,7 @@ def counter_uniform(key: int, *counters: torch.Tensor) -> torch.Tensor:
     for counter in counters:
         state = _splitmix64(state + (counter + 1) * _GOLDEN_GAMMA)
     assert isinstance(state, torch.Tensor)  # there is a counter
-    return ((state >> 11) & _LOW_53_BITS).to(torch.float64) * 2.0**-53
+    return (state >> 11).bitwise_and_(_LOW_53_BITS).to(torch.float64).mul_(2.0**-53)
 
 
 # Odd constants of SplitMix64, as signed 64-bit integers (torch has no unsigned arithmetic).
@@ -129,6 +129,7 @@ _LOW_53_BITS = (1 << 53) - 1
 
 def _splitmix64(z: torch.Tensor) -> torch.Tensor:
     """Scramble int64 values; shifts are masked, since torch's are arithmetic."""
-    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _MIX_1
-    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _MIX_2
-    return z ^ ((z >> 31) & ((1 << 33) - 1))
+    # In place where nobody else holds the tensor: memory takes longer than the arithmetic.
+    z = (z >> 30).bitwise_and_((1 << 34) - 1).bitwise_xor_(z).mul_(_MIX_1)
+    z = (z >> 27).bitwise_and_((1 << 37) - 1).bitwise_xor_(z).mul_(_MIX_2)
+    return (z >> 31).bitwise_and_((1 << 33) - 1).bitwise_xor_(z)
