@@ -154,7 +154,7 @@ def _draw_negatives(
     device = cohort.device
     position = cohort.position()
     # What is the same for all rows of a user is worked out once for each, (U,).
-    counts = torch.from_numpy(cohort.counts).to(device)
+    counts = cohort.sizes
     left = n_items - counts
     strata = torch.minimum(counts * n_negatives, left)
     # Strata of equal size, the first ones with one item more where it does not come out even.
@@ -180,8 +180,9 @@ def _draw_negatives(
 def _unseen_item(cohort: Cohort, rank: Tensor, n_items: int, valid: Tensor) -> Tensor:
     """Return the item that is number `rank` (n, m) among those the row's user has not seen."""
     starts = cohort.offsets()[:-1]
-    if cohort.n_users * n_items <= LISTED * rank.numel():
-        # Listing what the users have not seen takes less than that many searches.
+    if cohort.device.type == "cpu" and cohort.n_users * n_items <= LISTED * rank.numel():
+        # Listing what the users have not seen takes less than that many searches. Not on a GPU,
+        # which would be waited for: how long the list is depends on its values.
         seen = cohort.row_user * n_items + cohort.items
         unseen = torch.ones(cohort.n_users * n_items, dtype=torch.bool, device=cohort.device)
         unseen[seen] = False

@@ -254,7 +254,7 @@ def user_sums(
     everywhere = torch.einsum("ud,de,ue->", users, item_gram, users)
     return Sums(
         pull=pairs.product(1.0 - score, users),
-        counts=torch.bincount(cohort.items, minlength=n_items).to(users.dtype),
+        counts=pairs.counts().to(users.dtype),
         curvature=pairs.product(score * score, ones)[:, 0],
         gram=users.T @ users,
         loss=((1.0 - score) ** 2).sum() + unobserved_weight * everywhere,
@@ -272,6 +272,12 @@ class _Pairs:
         if cohort.device.type != "cpu":
             self._order = torch.argsort(cohort.items, stable=True)
             self._offsets = row_offsets(cohort.items, n_items)
+
+    def counts(self) -> Tensor:
+        """Entries of each row (n_items,)."""
+        if self._cohort.device.type == "cpu":
+            return torch.bincount(self._cohort.items, minlength=self._n_items)
+        return self._offsets.diff()
 
     def product(self, data: Tensor, dense: Tensor) -> Tensor:
         """Multiply the matrix with entries `data` (n,) by a dense one (U, b)."""
