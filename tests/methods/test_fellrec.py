@@ -6,6 +6,7 @@ from fedrecsk import FELLRecRecommender
 from fedrecsk.data.prompts import Catalogue
 from fedrecsk.data.vocabulary import Vocabulary
 from fedrecsk.engine.streams import Streams
+from fedrecsk.estimators._language import Ranking
 from fedrecsk.estimators._platforms import Platforms, Sampler
 from fedrecsk.methods.dynamic_balance import Uploads
 from fedrecsk.methods.fellrec import FELLRecState, fellrec_step, keep_best
@@ -124,10 +125,14 @@ class Federation:
     def local_training(self):
         """The estimator's own."""
         estimator = FELLRecRecommender(
-            learning_rate=RATE, weight_decay=DECAY, temperature=TEMPERATURE, **self.settings
+            learning_rate=RATE,
+            learning_rate_schedule="constant",
+            weight_decay=DECAY,
+            **self.settings,
         )
+        ranking = Ranking(temperature=TEMPERATURE, popularity_weight=WEIGHT, generated=False)
         counts = torch.from_numpy(self.platforms.counts(self.platforms.lengths)).float()
-        return estimator._local_training(self.model, self.sampler, counts, WEIGHT, self.streams)
+        return estimator._local_training(self.model, self.sampler, counts, ranking, self.streams, 0)
 
     def fast(self, n_rounds, aggregation="fellrec", periods=None, **changed):
         n = len(self.histories)
