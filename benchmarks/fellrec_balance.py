@@ -77,6 +77,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "probability instead of lift": ("FELLRec", {"objective": "probability", "n_negatives": 64}),
     "constant learning rate": ("FELLRec", {"learning_rate_schedule": "constant"}),
     "temperature .05": ("FELLRec", {"temperature": 0.05}),
+    "popularity among all platforms": ("FELLRec", {"popularity_counts": "all"}),
     "without popularity": ("FELLRec", {"popularity_weight": 0.0}),
     "best adapters by validation": ("FELLRec", {"early_stopping": True}),
 }
@@ -275,6 +276,8 @@ def compare(
         "batch_size": 64,
         # The validation part decides on the settings; in a fit it would cost as much as training.
         "early_stopping": False,
+        # Each platform ranks by what is popular with its own users; see the ablation.
+        "popularity_counts": "platform",
         "max_item_tokens": 16,
         "max_tokens": arguments.max_tokens,
         "dtype": arguments.dtype,

@@ -196,8 +196,12 @@ class FELLRecRecommender(BaseRecommender):
     temperature : float or "auto", default="auto"
         By which cosines are divided. ``"auto"``: what makes the loss of the start smallest; a
         lower one would first have to be unlearned, and the order of the texts with it.
+    popularity_counts : {"all", "platform"}, default="all"
+        Popularity is how often all platforms have chosen an item, of which they send the server
+        the numbers to be summed; or how often the own one has. A small platform knows little of
+        what is popular.
     popularity_weight : float or "auto", default="auto"
-        Of the logarithm of how often the platform has chosen an item, in the score; with
+        Of the logarithm of how often an item was chosen, in the score; with
         ``"generate"`` the exponent of BIGRec's injection. ``"auto"``: what ranks the validation
         users best before the first round (0.5 without early stopping).
     num_beams : int, default=4
@@ -255,8 +259,8 @@ class FELLRecRecommender(BaseRecommender):
         ``lora_targets_`` are the paths of the layers with adapters.
     lora_fan_in_fan_out_ : bool
         Whether those layers hold their weights transposed, as those of GPT-2 do.
-    generates_ : bool
-        Whether `predict` ranks by what was written.
+    generates_, shared_popularity_ : bool
+        Whether `predict` ranks by what was written, and by popularity among all platforms.
     intercept_ : float
         Added to a score before it becomes a probability, so that their mean is the share of
         pairs in the data.
@@ -341,6 +345,7 @@ class FELLRecRecommender(BaseRecommender):
         "n_negatives": [Interval(Integral, 0, None, closed="left")],
         "prompt_loss": ["boolean"],
         "temperature": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
+        "popularity_counts": [StrOptions({"all", "platform"})],
         "popularity_weight": [Interval(Real, 0, None, closed="left"), StrOptions({"auto"})],
         "num_beams": [Interval(Integral, 1, None, closed="left")],
         "dtype": [StrOptions({"auto", "float32", "bfloat16", "float16"})],
@@ -391,6 +396,7 @@ class FELLRecRecommender(BaseRecommender):
         n_negatives: int = 0,
         prompt_loss: bool = False,
         temperature: float | Literal["auto"] = "auto",
+        popularity_counts: Literal["all", "platform"] = "all",
         popularity_weight: float | Literal["auto"] = "auto",
         num_beams: int = 4,
         min_rating: float | None = None,
@@ -448,6 +454,7 @@ class FELLRecRecommender(BaseRecommender):
         self.n_negatives = n_negatives
         self.prompt_loss = prompt_loss
         self.temperature = temperature
+        self.popularity_counts = popularity_counts
         self.popularity_weight = popularity_weight
         self.num_beams = num_beams
         self.min_rating = min_rating
@@ -614,9 +621,11 @@ class FELLRecRecommender(BaseRecommender):
             if self.popularity_weight == "auto"
             else float(self.popularity_weight),
             generated=self.inference == "generate",
+            shared_popularity=self.popularity_counts == "all",
         )
+        popularity = ranking.popularity(counts)
         if self.popularity_weight == "auto":
-            ranking = self._best_popularity(ranking, model, platforms, held_out, start, counts)
+            ranking = self._best_popularity(ranking, model, platforms, held_out, start, popularity)
         first_round = 0 if previous is None else int(previous["n_rounds_"])
         train = self._local_training(model, sampler, counts, ranking, streams, first_round)
         periods = check_periods(self.client_periods, n_clients, model.device)
@@ -647,7 +656,7 @@ class FELLRecRecommender(BaseRecommender):
                 logs["bytes_boundary"] = int(add_up(crossed)[0])
             if held_out is not None:
                 values = self._validate(
-                    [ranking], model, platforms, held_out, state.adapters, counts
+                    [ranking], model, platforms, held_out, state.adapters, popularity
                 )[0]
                 state = keep_best(state, values)
                 logs["client_ndcg"] = values.tolist()
@@ -657,9 +666,9 @@ class FELLRecRecommender(BaseRecommender):
         stopping = None
         if held_out is not None:
             users = np.bincount(platforms.of_user[held_out.users], minlength=n_clients)
-            values = self._validate([ranking], model, platforms, held_out, state.adapters, counts)[
-                0
-            ]
+            values = self._validate(
+                [ranking], model, platforms, held_out, state.adapters, popularity
+            )[0]
             state = keep_best(state, values)
             stopping = EarlyStopping[FELLRecState](
                 evaluate=lambda state: mean_of_best(state, users),
@@ -707,7 +716,9 @@ class FELLRecRecommender(BaseRecommender):
     ) -> Callable[[Adapters, Tensor, Adapters | None, float, int], tuple[Adapters, Tensor]]:
         """Bind what local training needs, see `fedrecsk.methods.fellrec.Train`."""
         lift = self.objective == "lift"
-        prior = torch.zeros_like(counts) if lift else ranking.prior(counts)
+        prior = ranking.prior(ranking.popularity(counts))
+        if lift:
+            prior = torch.zeros_like(counts)
         shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
 
         def train(
@@ -904,6 +915,7 @@ class FELLRecRecommender(BaseRecommender):
             "item_counts_": np.concatenate([counts, counts.sum(0)[None]]),
             "user_platforms_": platforms.of_user,
             "popularity_weight_": ranking.popularity_weight,
+            "shared_popularity_": ranking.shared_popularity,
             "temperature_": ranking.temperature,
             "generated_titles_": tuple(written) if generate else (),
             "generates_": ranking.generated,
@@ -937,6 +949,7 @@ class FELLRecRecommender(BaseRecommender):
     ) -> NDArray[np.float64]:
         if self.generates_:
             return super()._score_pairs(users, items)  # a distance is scaled by all others
+        ranking = Ranking.of(vars(self))
         # Pair by pair, so that a score is the same to the last bit whatever it is asked with.
         platforms = np.where(users >= 0, self.user_platforms_[users], len(self.platform_ids_))
         scores = np.empty(len(users))
@@ -947,7 +960,7 @@ class FELLRecRecommender(BaseRecommender):
             rows = np.where(known, self.user_factors_[users[part]], self.crowd_factors_)
             vectors = self.item_vectors_[platforms[part], items[part]]
             products = np.multiply(rows, vectors, dtype=np.float64).sum(axis=1)
-            counts = self.item_counts_[platforms[part], items[part]]
+            counts = self.item_counts_[ranking.places(platforms[part]), items[part]]
             prior = self.popularity_weight_ * np.log1p(counts)
             scores[part] = products / self.temperature_ + prior
         return scores

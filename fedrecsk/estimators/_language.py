@@ -52,16 +52,32 @@ class Ranking:
     popularity_weight : float
     generated : bool
         Whether histories stand for titles that were written: then distances rank.
+    shared_popularity : bool
+        Whether popularity is that among all platforms.
     """
 
     temperature: float
     popularity_weight: float
     generated: bool
+    shared_popularity: bool
 
     @classmethod
     def of(cls, fitted: Mapping[str, Any]) -> Ranking:
         """Read fitted attributes."""
-        return cls(fitted["temperature_"], fitted["popularity_weight_"], fitted["generates_"])
+        return cls(
+            fitted["temperature_"],
+            fitted["popularity_weight_"],
+            fitted["generates_"],
+            fitted["shared_popularity_"],
+        )
+
+    def popularity(self, counts: Tensor) -> Tensor:
+        """Give the counts (C, n_items) that platforms rank by, from the own of each."""
+        return counts.sum(0, keepdim=True).expand_as(counts) if self.shared_popularity else counts
+
+    def places(self, platforms: IntArray) -> IntArray:
+        """Rows of a table of counts, the last of them of all, that hold for platforms (n,)."""
+        return np.full_like(platforms, -1) if self.shared_popularity else platforms
 
     def prior(self, counts: Tensor) -> Tensor:
         """Give what popularity adds to the scores of items, from counts (..., n_items)."""
@@ -106,7 +122,7 @@ def score_users(fitted: Mapping[str, Any], users: IntArray) -> NDArray[np.float3
         scores[which] = ranking.scores(
             torch.from_numpy(rows),
             as_tensor(fitted["item_vectors_"][table]),
-            as_tensor(fitted["item_counts_"][platform]).float(),
+            as_tensor(fitted["item_counts_"][ranking.places(platforms[which[:1]])[0]]).float(),
         ).numpy()
     return scores
 

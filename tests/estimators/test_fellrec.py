@@ -153,7 +153,8 @@ def test_unknown_users_are_served_by_the_mean_adapter(make):
 
 def test_popularity_of_the_own_platform_counts(make):
     rows = X.copy()
-    model = make(popularity_weight=50.0, n_rounds=1).fit(rows, rows[:, 0] % 2)
+    model = make(popularity_weight=50.0, popularity_counts="platform", n_rounds=1)
+    model.fit(rows, rows[:, 0] % 2)
     ids, _ = model.recommend(k=1)
     unseen_favourite = []
     for user in range(N_USERS):
@@ -229,6 +230,23 @@ def test_one_platform_is_centralised_training(make, assert_same_fit):
             np.testing.assert_allclose(model.adapters_[name], value, atol=1e-6)
     assert models[2].history_[0]["bytes_up"] == 0
     assert models[0].history_[-1]["loss"] < models[0].history_[0]["loss"]
+
+
+def test_popularity_of_all_platforms_or_of_the_own(make):
+    """With a large weight every platform ranks by what is popular, here or anywhere."""
+    own, everywhere = (
+        make(popularity_weight=1000.0, popularity_counts=counts, n_rounds=1).fit(X, CLIENTS)
+        for counts in ("platform", "all")
+    )
+    rows = [np.bincount(X[client == CLIENTS, 1], minlength=N_ITEMS) for client in range(3)]
+    assert own.item_counts_.tolist() == everywhere.item_counts_.tolist()
+    for user, platform in ((0, 0), (23, 2)):
+        for model, counts in ((own, rows[platform]), (everywhere, np.sum(rows, axis=0))):
+            ids, _ = model.recommend([user], k=N_ITEMS, exclude_seen=False)
+            assert (np.diff(counts[ids[0]]) <= 0).all()
+            pairs = model.predict([[user, item] for item in ids[0]])
+            assert (np.diff(pairs) <= 1e-12).all()
+    assert not np.array_equal(own.predict(X), everywhere.predict(X))
 
 
 def test_the_temperature_suits_the_start(make):

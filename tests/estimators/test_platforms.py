@@ -448,6 +448,7 @@ def test_the_intercept_makes_probabilities_those_of_the_data(generates):
     counts = platforms.counts(platforms.lengths)
     attributes = {
         "generates_": generates,
+        "shared_popularity_": False,
         "user_platforms_": platforms.of_user,
         "crowd_factors_": np.zeros(4, dtype=np.float32),
         "item_factors_": np.zeros((N_ITEMS, 4), dtype=np.float32),
@@ -459,7 +460,7 @@ def test_the_intercept_makes_probabilities_those_of_the_data(generates):
     }
     intercept = find_intercept(attributes, platforms)
     scores = [
-        Ranking(temperature=0.5, popularity_weight=0.5, generated=generates)
+        Ranking(0.5, 0.5, generated=generates, shared_popularity=False)
         .scores(
             torch.from_numpy(attributes["user_factors_"][[user]]),
             torch.from_numpy(

@@ -130,7 +130,7 @@ class Federation:
             weight_decay=DECAY,
             **self.settings,
         )
-        ranking = Ranking(temperature=TEMPERATURE, popularity_weight=WEIGHT, generated=False)
+        ranking = Ranking(TEMPERATURE, WEIGHT, generated=False, shared_popularity=False)
         counts = torch.from_numpy(self.platforms.counts(self.platforms.lengths)).float()
         return estimator._local_training(self.model, self.sampler, counts, ranking, self.streams, 0)
 
