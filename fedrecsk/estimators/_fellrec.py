@@ -196,10 +196,11 @@ class FELLRecRecommender(BaseRecommender):
     temperature : float or "auto", default="auto"
         By which cosines are divided. ``"auto"``: what makes the loss of the start smallest; a
         lower one would first have to be unlearned, and the order of the texts with it.
-    popularity_counts : {"all", "platform"}, default="all"
+    popularity_counts : {"auto", "all", "platform"}, default="auto"
         Popularity is how often all platforms have chosen an item, of which they send the server
-        the numbers to be summed; or how often the own one has. A small platform knows little of
-        what is popular.
+        the numbers to be summed; or how often the own one has, which is better where platforms
+        differ in taste, and worse where they are small. ``"auto"``: what ranks the validation
+        users best before the first round (the own ones without early stopping).
     popularity_weight : float or "auto", default="auto"
         Of the logarithm of how often an item was chosen, in the score; with
         ``"generate"`` the exponent of BIGRec's injection. ``"auto"``: what ranks the validation
@@ -345,7 +346,7 @@ class FELLRecRecommender(BaseRecommender):
         "n_negatives": [Interval(Integral, 0, None, closed="left")],
         "prompt_loss": ["boolean"],
         "temperature": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
-        "popularity_counts": [StrOptions({"all", "platform"})],
+        "popularity_counts": [StrOptions({"auto", "all", "platform"})],
         "popularity_weight": [Interval(Real, 0, None, closed="left"), StrOptions({"auto"})],
         "num_beams": [Interval(Integral, 1, None, closed="left")],
         "dtype": [StrOptions({"auto", "float32", "bfloat16", "float16"})],
@@ -396,7 +397,7 @@ class FELLRecRecommender(BaseRecommender):
         n_negatives: int = 0,
         prompt_loss: bool = False,
         temperature: float | Literal["auto"] = "auto",
-        popularity_counts: Literal["all", "platform"] = "all",
+        popularity_counts: Literal["auto", "all", "platform"] = "auto",
         popularity_weight: float | Literal["auto"] = "auto",
         num_beams: int = 4,
         min_rating: float | None = None,
@@ -623,9 +624,8 @@ class FELLRecRecommender(BaseRecommender):
             generated=self.inference == "generate",
             shared_popularity=self.popularity_counts == "all",
         )
-        popularity = ranking.popularity(counts)
-        if self.popularity_weight == "auto":
-            ranking = self._best_popularity(ranking, model, platforms, held_out, start, popularity)
+        if "auto" in (self.popularity_weight, self.popularity_counts):
+            ranking = self._best_popularity(ranking, model, platforms, held_out, start, counts)
         first_round = 0 if previous is None else int(previous["n_rounds_"])
         train = self._local_training(model, sampler, counts, ranking, streams, first_round)
         periods = check_periods(self.client_periods, n_clients, model.device)
@@ -656,7 +656,7 @@ class FELLRecRecommender(BaseRecommender):
                 logs["bytes_boundary"] = int(add_up(crossed)[0])
             if held_out is not None:
                 values = self._validate(
-                    [ranking], model, platforms, held_out, state.adapters, popularity
+                    [ranking], model, platforms, held_out, state.adapters, counts
                 )[0]
                 state = keep_best(state, values)
                 logs["client_ndcg"] = values.tolist()
@@ -666,9 +666,9 @@ class FELLRecRecommender(BaseRecommender):
         stopping = None
         if held_out is not None:
             users = np.bincount(platforms.of_user[held_out.users], minlength=n_clients)
-            values = self._validate(
-                [ranking], model, platforms, held_out, state.adapters, popularity
-            )[0]
+            values = self._validate([ranking], model, platforms, held_out, state.adapters, counts)[
+                0
+            ]
             state = keep_best(state, values)
             stopping = EarlyStopping[FELLRecState](
                 evaluate=lambda state: mean_of_best(state, users),
@@ -809,13 +809,20 @@ class FELLRecRecommender(BaseRecommender):
         adapters: Adapters,
         counts: Tensor,
     ) -> Ranking:
-        """Give popularity the weight that ranks validation users best."""
+        """Count popularity, and give it the weight, that ranks validation users best."""
         if ranking.generated:
             # What an untrained model writes says nothing of a trained one.
-            return replace(ranking, popularity_weight=0.0)
+            is_open = self.popularity_weight == "auto"
+            return replace(ranking, popularity_weight=0.0) if is_open else ranking
         if held_out is None:
             return ranking
-        candidates = [replace(ranking, popularity_weight=weight) for weight in POPULARITY_GRID]
+        weights = POPULARITY_GRID if self.popularity_weight == "auto" else [self.popularity_weight]
+        shared = [False, True] if self.popularity_counts == "auto" else [ranking.shared_popularity]
+        candidates = [
+            replace(ranking, popularity_weight=float(weight), shared_popularity=among_all)
+            for among_all in shared
+            for weight in weights
+        ]
         users = np.bincount(platforms.of_user[held_out.users], minlength=len(platforms))
         values = self._validate(candidates, model, platforms, held_out, adapters, counts)
         found = np.nansum(users * values.cpu().numpy(), axis=1)
@@ -848,7 +855,8 @@ class FELLRecRecommender(BaseRecommender):
             windows = platforms.window(users, held_out.ends[users], self.max_history)
             queries, items = self._vectors(model, adapter, windows, tables)
             for column, ranking in enumerate(rankings):
-                scores = ranking.scores(queries, items, counts[platform])
+                popularity = ranking.popularity(counts)[platform]
+                scores = ranking.scores(queries, items, popularity)
                 values = held_out.ndcg(scores.cpu().numpy(), platforms, which)
                 found[platform, column] = float(values.mean())
         return fill_rows(found, parts).T.contiguous().to(model.device)

@@ -249,6 +249,25 @@ def test_popularity_of_all_platforms_or_of_the_own(make):
     assert not np.array_equal(own.predict(X), everywhere.predict(X))
 
 
+def test_validation_users_choose_whose_popularity_counts(make):
+    shared = {"popularity_counts": "auto", "popularity_weight": 1.0, "n_rounds": 1}
+    # Platforms of even and of odd items have nothing in common.
+    model = make(**shared, early_stopping=True).fit(X, X[:, 0] % 2)
+    assert not model.shared_popularity_
+    # A platform of one user knows what that one has seen, and it may not choose it again.
+    rng, liked = np.random.default_rng(0), 0.7 ** np.arange(N_ITEMS)
+    rows = np.array(
+        [
+            [user, item, 5, time]
+            for user in range(N_USERS)
+            for time, item in enumerate(rng.choice(N_ITEMS, 4, False, liked / liked.sum()))
+        ]
+    )
+    alone = make(**shared, early_stopping=True, n_platforms=None).fit(rows, rows[:, 0])
+    assert alone.shared_popularity_
+    assert not make(**shared).fit(X, X[:, 0] % 2).shared_popularity_  # nobody to ask
+
+
 def test_the_temperature_suits_the_start(make):
     """A sharper or a blunter one makes more of what the untrained model confuses."""
     model = make(temperature="auto", n_rounds=1, learning_rate=1e-12).fit(X, CLIENTS)
