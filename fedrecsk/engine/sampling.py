@@ -78,19 +78,19 @@ def epoch_cohort(
     >>> epoch_cohort(np.array([1, 0, 1, 0, 2]), 2, np.random.default_rng(0)).tolist()
     [1, 3]
     """
-    chosen: list[NDArray[np.int64]] = []
+    chance = rng.random(len(turns))
+    chosen = [np.zeros(0, dtype=np.int64)]
     missing, level = size, int(turns.min(initial=0))
     while missing:
         # Nearly always one level or two: a sort of all clients would cost more than their round.
         among = np.flatnonzero(turns == level)
-        n = min(missing, len(among))
-        chosen.append(
-            among if n == len(among) else rng.choice(among, n, replace=False, shuffle=False)
-        )
-        missing -= n
+        if missing < len(among):
+            among = among[np.argpartition(chance[among], missing - 1)[:missing]]
+        chosen.append(among)
+        missing -= len(among)
         if missing:  # another pass over all clients, which most rounds do without
             level = int(np.min(turns, where=turns > level, initial=np.iinfo(np.int64).max))
-    return np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *chosen]))
+    return np.sort(np.concatenate(chosen))
 
 
 def stratified_cohort(

@@ -196,10 +196,10 @@ def test_small_sizes_are_chosen_where_they_are_enough(tastes):
         )
         model = HeteFedRecRecommender(sizes="auto", group_ratio="auto", n_rounds=1, device="cpu",
                                       random_state=0).fit(X)  # fmt: skip
-        assert model.group_sizes_.max() <= 8
-    # Five tastes cannot be told apart with few columns.
+        assert model.group_sizes_.tolist() == [4]
+    # Five tastes need more than four columns, with four they cannot be told apart.
     model.fit(tastes)
-    assert model.group_sizes_.max() > 8
+    assert model.group_sizes_.max() > 4
 
 
 @pytest.mark.parametrize(
@@ -319,8 +319,7 @@ def test_of_clients_that_do_not_contribute_nothing_is_learned(base, refit, few_l
     table = one.predict(list(itertools.product(range(32), range(20)))).reshape(32, 20)
     own = np.zeros((32, 20), dtype=bool)
     own[small[:, 0], small[:, 1]] = True
-    if base != "lightgcn":  # whose network has hardly moved after so few rounds
-        assert table[own].mean() > table[~own].mean()
+    assert table[own].mean() > table[~own].mean()
     if base == "mf":
         sizes = len(small) + len(large), 40, 20
         for user in range(32):
@@ -628,12 +627,7 @@ def test_fits_do_not_depend_on_chunks(base, aggregation, skewed, monkeypatch):
         fits.append(HeteFedRecRecommender(base, **FAST, aggregation=aggregation).fit(skewed))
     for name in (*NETWORKS, "private_rows_", "private_networks_", "user_gram_"):
         np.testing.assert_allclose(
-            # Columns that few clients train are barely determined by them.
-            getattr(fits[1], name),
-            getattr(fits[0], name),
-            rtol=1e-5,
-            atol=2e-4,
-            err_msg=name,
+            getattr(fits[1], name), getattr(fits[0], name), rtol=1e-5, atol=2e-5, err_msg=name
         )
     assert [r["bytes_up"] for r in fits[1].history_] == [r["bytes_up"] for r in fits[0].history_]
 

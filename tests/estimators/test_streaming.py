@@ -17,7 +17,7 @@ COMMON = {"n_factors": 16, "clients_per_round": 0.05, "random_state": 0, "device
 # Estimator, rounds offline, rounds after each portion of the stream; as few as get close.
 KINDS = {
     "fedfnn-whole-data": (FedFNNRecommender(**COMMON), 40, 10, 4),
-    "fedfnn-bce": (FedFNNRecommender(**COMMON, objective="bce"), 40, 10, 3),
+    "fedfnn-bce": (FedFNNRecommender(**COMMON, objective="bce"), 40, 10, 4),
     # Plain averaging takes a hundred rounds to get anywhere with 5% of the clients.
     "fedavg": (FedAvgRecommender(**COMMON | {"clients_per_round": 0.2}), 60, 10, 6),
 }
@@ -98,8 +98,7 @@ def test_the_stream_ends_where_a_fit_from_scratch_does(kind, streams, streamed):
     _, offline, online, _ = KINDS[kind]
     of_stream = np.mean([streamed[seed].score(streams[seed][1]) for seed in SEEDS])
     of_scratch = np.mean(scores_from_scratch(kind, streams, offline + N_PORTIONS * online))
-    # Single seeds differ by several percent either way.
-    assert of_stream >= 0.94 * of_scratch
+    assert of_stream >= 0.97 * of_scratch
 
 
 def test_the_stream_gets_close_sooner_than_a_fit_from_scratch(kind, streams, start):
