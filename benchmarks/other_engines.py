@@ -50,7 +50,7 @@ from fedrecsk import FedAvgRecommender, FedFNNRecommender
 
 SCRIPT = "other_engines"
 TOP = 20
-FLOWER_CLIENTS = (10, 40)
+FLOWER_CLIENTS = (100, 400)
 
 
 def flower_seconds(federation: Federation, n_clients: int, rounds: int, *, idle: bool) -> float:
@@ -89,9 +89,9 @@ def flower_seconds(federation: Federation, n_clients: int, rounds: int, *, idle:
             optimizer = torch.optim.SGD([items, user], lr=LEARNING_RATE)
             for item, label in self.batches:
                 optimizer.zero_grad()
-                scores = torch.nn.functional.embedding(torch.from_numpy(item), items) @ user
+                scores = torch.nn.functional.embedding(torch.tensor(item), items) @ user
                 torch.nn.functional.binary_cross_entropy_with_logits(
-                    scores, torch.from_numpy(label), reduction="sum"
+                    scores, torch.tensor(label), reduction="sum"
                 ).backward()
                 optimizer.step()
             return [items.detach().numpy()], len(self.batches), {}

@@ -657,19 +657,17 @@ class FELLRecRecommender(BaseRecommender):
             if held_out is not None:
                 values = self._validate(
                     [ranking], model, platforms, held_out, state.adapters, counts
-                )[0]
-                state = keep_best(state, values)
-                logs["client_ndcg"] = values.tolist()
+                )
+                state = keep_best(state, values[0])
+                logs["client_ndcg"] = values[0].tolist()
             return state, logs
 
         state = FELLRecState.start(start, aggregation=self.aggregation)
         stopping = None
         if held_out is not None:
             users = np.bincount(platforms.of_user[held_out.users], minlength=n_clients)
-            values = self._validate([ranking], model, platforms, held_out, state.adapters, counts)[
-                0
-            ]
-            state = keep_best(state, values)
+            values = self._validate([ranking], model, platforms, held_out, state.adapters, counts)
+            state = keep_best(state, values[0])
             stopping = EarlyStopping[FELLRecState](
                 evaluate=lambda state: mean_of_best(state, users),
                 n_iter_no_change=self.n_iter_no_change,
@@ -716,9 +714,8 @@ class FELLRecRecommender(BaseRecommender):
     ) -> Callable[[Adapters, Tensor, Adapters | None, float, int], tuple[Adapters, Tensor]]:
         """Bind what local training needs, see `fedrecsk.methods.fellrec.Train`."""
         lift = self.objective == "lift"
-        prior = ranking.prior(ranking.popularity(counts))
-        if lift:
-            prior = torch.zeros_like(counts)
+        popularity = ranking.prior(ranking.popularity(counts))
+        prior = torch.zeros_like(counts) if lift else popularity
         shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
 
         def train(

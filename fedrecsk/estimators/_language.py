@@ -119,10 +119,11 @@ def score_users(fitted: Mapping[str, Any], users: IntArray) -> NDArray[np.float3
         if platform == crowd:
             rows = np.repeat(fitted["crowd_factors_"][None], len(which), axis=0)
         table = 0 if ranking.generated else platform
+        counted = crowd if ranking.shared_popularity else platform
         scores[which] = ranking.scores(
             torch.from_numpy(rows),
             as_tensor(fitted["item_vectors_"][table]),
-            as_tensor(fitted["item_counts_"][ranking.places(platforms[which[:1]])[0]]).float(),
+            as_tensor(fitted["item_counts_"][counted]).float(),
         ).numpy()
     return scores
 

@@ -131,9 +131,11 @@ def network_step(
     """
     key = streams.key("examples", t)
     together = dual_task and aggregation == "padded"
-    weight_of = shards.client_rows.astype(float)
-    if client_weights == "uniform":
-        weight_of = np.ones(shards.n_clients)
+
+    def weights_of(clients: NDArray[np.int64]) -> NDArray[np.float64]:
+        rows = shards.client_rows[clients].astype(float)
+        return rows if client_weights == "interactions" else np.ones_like(rows)
+
     user_factors = state.user_factors if in_place else state.user_factors.clone()
     sums = _NetworkSums.zero(state)
     parts = shares(participants, shards.client_rows[participants])
@@ -159,7 +161,7 @@ def network_step(
                 key=key,
             )
             user_factors[cohort.users, :width] = result.user_vectors
-            weights_here = weight_of[cohort.clients]
+            weights_here = weights_of(cohort.clients)
             weight = to_device(weights_here, user_factors.device).to(user_factors.dtype)
             sums.add(x, result, weight)
             for y, head in zip(tasks, heads, strict=True):
@@ -168,7 +170,7 @@ def network_step(
     user_factors = fill_rows(user_factors, parts, shards.users_of)
 
     members = [sizes.members(participants, x) for x in range(len(sizes.widths))]
-    weights = [float(weight_of[group].sum()) for group in members]
+    weights = [float(weights_of(group).sum()) for group in members]
     tables, table_moments = list(state.tables), []
     for federation, moments in zip(
         federations(sizes, aggregation), state.table_moments, strict=True

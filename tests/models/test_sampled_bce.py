@@ -280,6 +280,18 @@ def test_negatives_are_distinct_and_unseen_and_as_many_as_there_are(shards, n_ne
             assert len(negatives) == min(n_negatives * len(seen[user]), unseen)
 
 
+@pytest.mark.parametrize("n_negatives", [1, 5, 40])
+@pytest.mark.parametrize("shards", [SINGLE, SHARED, TIGHT, EDGES])
+def test_listing_what_is_unseen_draws_what_a_search_does(shards, n_negatives, monkeypatch):
+    drawn = []
+    for pairs_per_negative in (0, 1_000_000):  # never and always listed
+        monkeypatch.setattr(sampled_bce, "LISTED", pairs_per_negative)
+        drawn.append(draw(shards, n_negatives=n_negatives, key=3)[1])
+    searched, listed = drawn
+    assert torch.equal(searched.items, listed.items)
+    assert torch.equal(searched.valid, listed.valid)
+
+
 def test_a_catalogue_of_one_item_has_no_negatives():
     shards = federation_of([[0], [0]], 1)
     cohort, drawn = draw(shards)
