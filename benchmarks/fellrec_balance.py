@@ -44,9 +44,10 @@ N_PLATFORMS = 5
 METRICS = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
 # Lead over FedAvg, recall@10, that the paper reports.
 CLAIMED = {"amazon-games": 0.181, "microlens-50k": 0.254}
-# What every family chooses from. A weight of the popularity needs no fit of its own, since vectors
-# learn lift without it.
+# What every family chooses from. Whose popularity counts, and how much, needs no fit of its own,
+# since vectors learn lift without it.
 RATES = {"compact": (8e-3, 16e-3), "encoder": (5e-4, 1e-3), "causal": (2e-4, 5e-4)}
+COUNTS = ("platform", "all")
 WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 # Methods that are judged with every seed; the others with the first.
 MAIN = ("local only", "FedAvg", "FELLRec")
@@ -77,11 +78,15 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "probability instead of lift": ("FELLRec", {"objective": "probability", "n_negatives": 64}),
     "constant learning rate": ("FELLRec", {"learning_rate_schedule": "constant"}),
     "temperature .05": ("FELLRec", {"temperature": 0.05}),
-    "popularity among all platforms": ("FELLRec", {"popularity_counts": "all"}),
+    "popularity with the platform": ("FELLRec", {"popularity_counts": "platform"}),
+    "popularity with all": ("FELLRec", {"popularity_counts": "all"}),
     "without popularity": ("FELLRec", {"popularity_weight": 0.0}),
     "best adapters by validation": ("FELLRec", {"early_stopping": True}),
 }
-CAUSAL = {"backend": "causal"}
+# How scores count popularity: whose, and with what weight. Without weight both are the same.
+Prior = tuple[str, float]
+PRIORS: list[Prior] = [(counts, weight) for counts in COUNTS for weight in WEIGHTS]
+PRIORS.remove(("all", 0.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,9 +177,9 @@ def judge(
     settings: Mapping[str, Any],
     common: Mapping[str, Any],
     seed: int,
-    weights: Sequence[float] = (),
+    priors: Sequence[Prior] = (),
 ) -> dict[str, Any]:
-    """Fit once and rank the held-out rows; also say how other weights of popularity rank them."""
+    """Fit once and rank the held-out rows; also say how other priors rank them."""
     torch.set_num_threads(1)
     options = {**common, **settings, "random_state": seed}
     start = time.perf_counter()
@@ -185,9 +190,10 @@ def judge(
         model.fit(split.train, split.platforms(split.train))
         seconds = time.perf_counter() - start
         found = {**quality(model, split), "seconds": seconds}
-        for weight in weights:
-            model.popularity_weight_ = weight
-            found[weight] = quality(model, split)["recall@10"]
+        for prior in priors:
+            counts, model.popularity_weight_ = prior
+            model.shared_popularity_ = counts == "all"
+            found[prior] = quality(model, split)["recall@10"]
         return found
 
 
@@ -236,17 +242,21 @@ def tune(
             {**families[name][1], "learning_rate": rate, "popularity_weight": 0.0},
             common,
             0,
-            WEIGHTS,
+            PRIORS,
         )
         for name, rate in tasks
     )
     chosen: dict[str, Any] = {}
     for (name, rate), result in zip(tasks, found, strict=True):
-        values = {weight: result[weight] for weight in WEIGHTS}
+        values = {prior: result[prior] for prior in PRIORS}
         say(f"{split.name} validation: {name} {rate}: {values} {result['seconds']:.0f} s")
         entry = chosen.setdefault(name, {"candidates": [], "recall@10": -1.0})
-        for weight, value in values.items():
-            candidate = {"learning_rate": rate, "popularity_weight": weight}
+        for (counts, weight), value in values.items():
+            candidate = {
+                "learning_rate": rate,
+                "popularity_counts": counts,
+                "popularity_weight": weight,
+            }
             entry["candidates"].append({**candidate, "recall@10": value})
             if value > entry["recall@10"]:
                 entry.update({"recall@10": value, "chosen": candidate})
@@ -276,8 +286,6 @@ def compare(
         "batch_size": 64,
         # The validation part decides on the settings; in a fit it would cost as much as training.
         "early_stopping": False,
-        # Each platform ranks by what is popular with its own users; see the ablation.
-        "popularity_counts": "platform",
         "max_item_tokens": 16,
         "max_tokens": arguments.max_tokens,
         "dtype": arguments.dtype,
@@ -297,6 +305,7 @@ def compare(
         given = {
             "learning_rate": arguments.learning_rate,
             "popularity_weight": arguments.popularity_weight,
+            "popularity_counts": "all",
         }
         tuning |= {name: {"candidates": [], "chosen": given} for name in families}
     split = source("test")

@@ -1,7 +1,8 @@
 """A round by Flower's simulation engine, recommending by `implicit`, and two threads against one.
 
 - Flower: `flwr[simulation]`, `ServerApp` and `ClientApp` on the Ray backend with one processor.
-  Clients train as the lean loop of `cohort_speed.py` does, on mini-batches found in memory. Some
+  Clients train as the lean loop of `cohort_speed.py` does, on mini-batches that each reads from a
+  small file of its own, so that no other client's data travel with the program. Some
   clients only; what another client adds is the difference of two sizes, so that the start of the
   engine does not count, and is scaled up to all clients. A second run has clients that hand the
   parameters back, which is the cost of the engine alone. The first round warms up, and of the
@@ -20,6 +21,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -50,15 +53,19 @@ from fedrecsk import FedAvgRecommender, FedFNNRecommender
 
 SCRIPT = "other_engines"
 TOP = 20
-FLOWER_CLIENTS = (100, 400)
+FLOWER_CLIENTS = (50, 200)
 
 
-def flower_seconds(federation: Federation, n_clients: int, rounds: int, *, idle: bool) -> float:
+def flower_seconds(
+    federation: Federation, folder: Path, n_clients: int, rounds: int, *, idle: bool
+) -> float:
     """Time the fastest round of Flower with some clients, after one that does not count.
 
     Parameters
     ----------
     federation : Federation
+    folder : Path
+        For the clients' data.
     n_clients : int
     rounds : int
     idle : bool
@@ -70,31 +77,34 @@ def flower_seconds(federation: Federation, n_clients: int, rounds: int, *, idle:
     from flwr.server.strategy import FedAvg
     from flwr.simulation import run_simulation
 
-    chosen = sample(federation, n_clients)
     state = federation.state
-    held = [
-        (state.user_factors[client].numpy(), _plain(federation.batches(client, BATCH_SIZE)))
-        for client in chosen
-    ]
+    for number, client in enumerate(sample(federation, n_clients)):
+        arrays = {"user": state.user_factors[client].numpy()}
+        for place, (item, label) in enumerate(federation.batches(client, BATCH_SIZE)):
+            arrays |= {f"item_{place}": item.numpy(), f"label_{place}": label.numpy()}
+        np.savez(folder / f"{number}.npz", **arrays)
 
     class Client(NumPyClient):
         def __init__(self, number: int) -> None:
-            self.user, self.batches = held[number]
+            self.file = folder / f"{number}.npz"
 
         def fit(self, parameters: Any, config: Any) -> Any:
             if idle:
                 return parameters, 1, {}
+            with np.load(self.file) as held:
+                own = {name: torch.from_numpy(held[name]) for name in held.files}
             items = torch.tensor(parameters[0], requires_grad=True)
-            user = torch.tensor(self.user, requires_grad=True)
+            user = own.pop("user").requires_grad_()
             optimizer = torch.optim.SGD([items, user], lr=LEARNING_RATE)
-            for item, label in self.batches:
+            n_batches = len(own) // 2
+            for place in range(n_batches):
                 optimizer.zero_grad()
-                scores = torch.nn.functional.embedding(torch.tensor(item), items) @ user
+                scores = torch.nn.functional.embedding(own[f"item_{place}"], items) @ user
                 torch.nn.functional.binary_cross_entropy_with_logits(
-                    scores, torch.tensor(label), reduction="sum"
+                    scores, own[f"label_{place}"], reduction="sum"
                 ).backward()
                 optimizer.step()
-            return [items.detach().numpy()], len(self.batches), {}
+            return [items.detach().numpy()], n_batches, {}
 
     seconds = []
 
@@ -104,8 +114,8 @@ def flower_seconds(federation: Federation, n_clients: int, rounds: int, *, idle:
             return super().configure_fit(*args, **named)
 
         def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
-            if failures or len(results) != len(held):
-                raise RuntimeError(f"Only {len(results)} of {len(held)} clients took part.")
+            if failures or len(results) != n_clients:
+                raise RuntimeError(f"Only {len(results)} of {n_clients} clients took part.")
             out = super().aggregate_fit(server_round, results, failures)
             seconds.append(time.perf_counter() - self.start)
             return out
@@ -114,8 +124,8 @@ def flower_seconds(federation: Federation, n_clients: int, rounds: int, *, idle:
         strategy = Timed(
             fraction_fit=1.0,
             fraction_evaluate=0.0,
-            min_fit_clients=len(held),
-            min_available_clients=len(held),
+            min_fit_clients=n_clients,
+            min_available_clients=n_clients,
             initial_parameters=ndarrays_to_parameters([state.item_table.numpy()]),
         )
         return ServerAppComponents(strategy=strategy, config=ServerConfig(num_rounds=1 + rounds))
@@ -126,7 +136,7 @@ def flower_seconds(federation: Federation, n_clients: int, rounds: int, *, idle:
         ClientApp(
             client_fn=lambda context: Client(context.node_config["partition-id"]).to_client()
         ),
-        len(held),
+        n_clients,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
             "init_args": {"num_cpus": 1},
@@ -135,18 +145,17 @@ def flower_seconds(federation: Federation, n_clients: int, rounds: int, *, idle:
     return min(seconds[1:])
 
 
-def _plain(batches: Any) -> list[tuple[Any, Any]]:
-    """Turn mini-batches into arrays, which travel between processes."""
-    return [(item.numpy(), label.numpy()) for item, label in batches]
-
-
 def flower(federation: Federation, sizes: tuple[int, int], rounds: int) -> dict[str, Any]:
     """Time Flower with two numbers of clients, and scale the difference up to all."""
     total = federation.shards.n_clients
     small, large = (min(size, total) for size in sizes)
     out: dict[str, Any] = {"clients": [small, large], "all_clients": total}
     for name, idle in (("training", False), ("idle", True)):
-        seconds = [flower_seconds(federation, size, rounds, idle=idle) for size in (small, large)]
+        with TemporaryDirectory() as folder:
+            seconds = [
+                flower_seconds(federation, Path(folder), size, rounds, idle=idle)
+                for size in (small, large)
+            ]
         a_client = (seconds[1] - seconds[0]) / (large - small)
         out[name] = {"seconds": seconds, "a_client": a_client, "a_round": a_client * total}
     engine = paired_seconds({"engine": partial(engine_round, federation, BATCH_SIZE)}, 3)

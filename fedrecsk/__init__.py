@@ -14,6 +14,7 @@ from fedrecsk.exceptions import (
     NoItemTextWarning,
     NothingHeldOutError,
     NothingHeldOutWarning,
+    NoUsableUploadError,
     UnknownIdWarning,
 )
 
@@ -27,6 +28,7 @@ __all__ = [
     "FedFastRecommender",
     "HeteFedRecRecommender",
     "NoItemTextWarning",
+    "NoUsableUploadError",
     "NothingHeldOutError",
     "NothingHeldOutWarning",
     "PopularityRecommender",

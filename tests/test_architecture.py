@@ -34,6 +34,7 @@ FLOORS = {
 }
 # Files in methods/ that belong to the paper of another: a part of it that is read on its own.
 PART_OF = {
+    "delegate_sums": "fedfnn",
     "dynamic_balance": "fellrec",
     "meta_network": "fedfnn",
     "nested_state": "hetefedrec",

@@ -80,6 +80,26 @@ class Cohort:
         """Offsets (U + 1,) of each user's rows in `items`."""
         return self._offsets
 
+    def of_users(self, kept: Tensor) -> Cohort:
+        """Return the same with some of the users alone, told by a mask (U,).
+
+        For cohorts in which every entry of `clients` holds one user.
+        """
+        rows = kept[self.row_user]
+        chosen = kept.cpu().numpy()
+        place = kept.cumsum(0) - 1
+        return Cohort(
+            clients=self.clients[chosen],
+            users=self.users[kept],
+            owner=place[kept],
+            counts=self.counts[chosen],
+            sizes=self.sizes[kept],
+            items=self.items[rows],
+            row_user=place[self.row_user[rows]],
+            client_rows=self.client_rows[chosen],
+            single_user=self.single_user,
+        )
+
     def padded(self, values: Tensor, fill: float | int) -> Tensor:
         """Lay values of rows (n, ...) out as (U, longest, ...), filled up with `fill`."""
         width = int(self.counts.max(initial=1))

@@ -27,7 +27,12 @@ from fedrecsk.engine.parallel import alone, is_main, of_main, ranks, together
 from fedrecsk.engine.rounds import Progress, Record
 from fedrecsk.engine.shards import concatenate_ranges
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
-from fedrecsk.exceptions import NothingHeldOutError, NothingHeldOutWarning, UnknownIdWarning
+from fedrecsk.exceptions import (
+    NothingHeldOutError,
+    NothingHeldOutWarning,
+    NoUsableUploadError,
+    UnknownIdWarning,
+)
 from fedrecsk.metrics.ranking import check_k, top_k
 from fedrecsk.metrics.scorers import score_ranking
 
@@ -179,7 +184,8 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
         ValueError
             If the data are empty, hold NaN or infinity, or put a user under two clients.
         FloatingPointError
-            If training diverges.
+            If training diverges. A `NoUsableUploadError`, where a round has no usable upload,
+            leaves the estimator fitted as it was after the round before.
         """
         self._validate_params()
         columns = self._read(interactions)
@@ -238,15 +244,26 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
             base["feature_names_in_"] = np.array(columns.feature_names, dtype=object)
         old_history = list(self.history_) if go_on else []
         watch = RoundWatch(self, context, base, n_rounds, old_history, checkpoints, X=X, y=y)
-        with together(lambda: self._marks(data, go_on=go_on)):
-            attributes = base | self._simulate(data, watch, go_on=go_on)
-        attributes["history_"] = old_history + attributes["history_"]
-        attributes["n_rounds_"] = len(attributes["history_"])
-        if columns.feature_names is None and hasattr(self, "feature_names_in_"):
-            del self.feature_names_in_
-        for name, value in attributes.items():
-            setattr(self, name, value)
-        self._interactions = data
+
+        def assign(fitted: Attributes) -> Attributes:
+            history = old_history + fitted["history_"]
+            attributes = base | fitted | {"history_": history, "n_rounds_": len(history)}
+            if columns.feature_names is None and hasattr(self, "feature_names_in_"):
+                del self.feature_names_in_
+            for name, value in attributes.items():
+                setattr(self, name, value)
+            self._interactions = data
+            return attributes
+
+        try:
+            with together(lambda: self._marks(data, go_on=go_on)):
+                fitted = self._simulate(data, watch, go_on=go_on)
+        except NoUsableUploadError as error:
+            if watch.kept is not None:
+                assign(watch.kept)
+                error.add_note(f"The estimator keeps its state after round {self.n_rounds_}.")
+            raise
+        attributes = assign(fitted)
         with alone():
             context.call_on_fit_task_end(
                 estimator=self, X=X, y=y, reconstruction_attributes=lambda: attributes
@@ -542,6 +559,8 @@ class RoundWatch:
         self._y = y
         self._round: Any = None
         self._history: list[Record] = []
+        # Fitted attributes after the last good round, of a fit that an error ends.
+        self.kept: Attributes | None = None
 
     def identify(self, part: str, value: object) -> None:
         """Count what the estimator has read besides interactions among the data of the fit."""

@@ -22,6 +22,7 @@ from fedrecsk.engine.rounds import EarlyStopping, Record, run_rounds
 from fedrecsk.engine.shards import ClientShards, concatenate_ranges
 from fedrecsk.engine.streams import Streams
 from fedrecsk.estimators._base import SCORE_K, Attributes, RoundWatch
+from fedrecsk.exceptions import NoUsableUploadError
 from fedrecsk.methods.fedfnn import FactorState, Logs, served_factors
 from fedrecsk.metrics.ranking import hits_of, ndcg_from_hits, top_k
 from fedrecsk.models import ncf
@@ -302,7 +303,10 @@ def run_factors(
         round_now += 1
         watch.begin()
 
+    good: list[tuple[State, list[Record]]] = [(past.state, past.history)] if past else []
+
     def round_ended(state: State, record: Record) -> bool:
+        good[:] = [(state, [*(good[0][1] if good else []), record])]
         return watch.end(record, lambda: attributes(state))
 
     try:
@@ -319,6 +323,11 @@ def run_factors(
             on_round_end=round_ended,
         )
         fitted = attributes(result.state)
+    except NoUsableUploadError:
+        if good:
+            state, history = good[0]
+            watch.kept = _kept(attributes, state, history)
+        raise
     # torch documents the name but does not list it for type checkers.
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         # Vectors so large, or so alike without a penalty, that the equations have no solution.
@@ -326,6 +335,18 @@ def run_factors(
     if not _largest_score(fitted) < float(np.finfo(np.float32).max):
         raise _diverged("the scores are not finite", round_now)
     return {**fitted, "history_": result.history}
+
+
+def _kept(
+    attributes: Callable[[State], Attributes], state: State, history: list[Record]
+) -> Attributes | None:
+    """Give what a fit that an error ends leaves behind; None if nobody could be served with it."""
+    try:
+        fitted = attributes(state)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None
+    usable = _largest_score(fitted) < float(np.finfo(np.float32).max)
+    return {**fitted, "history_": history} if usable else None
 
 
 def _largest_score(fitted: Attributes) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedrecsk.data.interactions import Interactions
+from fedrecsk.engine.attacks import AttackName
+from fedrecsk.engine.defences import DefenceName
 from fedrecsk.engine.local import OptimizerName
 from fedrecsk.estimators._base import Attributes, BaseRecommender, RoundWatch
 from fedrecsk.estimators._factors import score_factor_items, score_factor_pairs
@@ -66,6 +68,13 @@ class FedFastRecommender(BaseRecommender):
     server_optimizer : {"sgd", "momentum", "adam"}, default="sgd"
     server_learning_rate : float or "auto", default="auto"
     refit : bool, default=True
+    defence : {"clip", "median", "trimmed-mean", "krum", "multi-krum"} or None, default=None
+    assumed_malicious : float in [0, 0.5), default=0.1
+    clip_quantile : float in (0, 1], default=0.9
+    malicious_fraction : float in [0, 1), default=0.0
+    attack : str, default="gradient"
+    attack_strength : float, default=10.0
+    target_item : item id, default=None
     min_rating : float or None, default=None
     early_stopping : bool, default=False
     validation_fraction : float in (0, 1), default=0.1
@@ -84,6 +93,8 @@ class FedFastRecommender(BaseRecommender):
     user_factors_, item_factors_, item_bias_, network_, times_sampled_, history_, n_rounds_ :
         As in `FedFNNRecommender`.
     n_graph_layers_, item_propagation_, item_evidence_, user_gram_, user_gram_weight_ :
+        As in `FedFNNRecommender`.
+    malicious_client_ids_, target_item_ :
         As in `FedFNNRecommender`.
     user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
         As in `FedFNNRecommender`.
@@ -131,6 +142,13 @@ class FedFastRecommender(BaseRecommender):
         server_optimizer: OptimizerName = "sgd",
         server_learning_rate: float | Literal["auto"] = "auto",
         refit: bool = True,
+        defence: DefenceName | None = None,
+        assumed_malicious: float = 0.1,
+        clip_quantile: float = 0.9,
+        malicious_fraction: float = 0.0,
+        attack: AttackName = "gradient",
+        attack_strength: float = 10.0,
+        target_item: Any = None,
         min_rating: float | None = None,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -162,6 +180,13 @@ class FedFastRecommender(BaseRecommender):
         self.server_optimizer = server_optimizer
         self.server_learning_rate = server_learning_rate
         self.refit = refit
+        self.defence = defence
+        self.assumed_malicious = assumed_malicious
+        self.clip_quantile = clip_quantile
+        self.malicious_fraction = malicious_fraction
+        self.attack = attack
+        self.attack_strength = attack_strength
+        self.target_item = target_item
         self.min_rating = min_rating
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
@@ -212,6 +237,13 @@ class FedFastRecommender(BaseRecommender):
             anchor=False,
             extra_inputs=False,
             refit=self.refit,
+            defence=self.defence,
+            assumed_malicious=self.assumed_malicious,
+            clip_quantile=self.clip_quantile,
+            malicious_fraction=self.malicious_fraction,
+            attack=self.attack,
+            attack_strength=self.attack_strength,
+            target_item=self.target_item,
             early_stopping=self.early_stopping,
             validation_fraction=self.validation_fraction,
             n_iter_no_change=self.n_iter_no_change,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from numbers import Integral, Real
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrecsk.data.interactions import Interactions
+from fedrecsk.engine.attacks import AttackName
+from fedrecsk.engine.defences import DefenceName
 from fedrecsk.engine.device import resolve_device, torch_threads
 from fedrecsk.engine.local import Optimizer, OptimizerName
 from fedrecsk.engine.sampling import cohort_size
@@ -26,6 +28,7 @@ from fedrecsk.estimators._factors import (
     score_factor_pairs,
 )
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
+from fedrecsk.estimators._uplink import UPLINK_CONSTRAINTS, distrust
 from fedrecsk.methods.fedfnn import (
     FactorState,
     ItemWeighting,
@@ -61,6 +64,7 @@ STATISTICS_DECAY = 0.9
 
 FACTOR_CONSTRAINTS: Constraints = {
     **SHARED_CONSTRAINTS,
+    **UPLINK_CONSTRAINTS,
     "model": [StrOptions({"mf", "ncf", "lightgcn"})],
     "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"}), None],
     "n_graph_layers": [Interval(Integral, 1, None, closed="left")],
@@ -195,6 +199,26 @@ class FedFNNRecommender(BaseRecommender):
     refit : bool, default=True
         At the end every user fits its own vector to its own rows and the final item vectors,
         on its own device; nothing is sent.
+    defence : {"clip", "median", "trimmed-mean", "krum", "multi-krum"} or None, default=None
+        How the server adds up what clients send if it does not trust them: clipped; by the median
+        or the trimmed mean of those who sent a row; of the one client, or those, whose uploads are
+        most like others'. All of them clip first. None adds everything up. Uploads that are not
+        finite, or a hundred times as long as most, are dropped in any case.
+    assumed_malicious : float in [0, 0.5), default=0.1
+        Largest share of dishonest clients in a round that a defence has to withstand.
+    clip_quantile : float in (0, 1], default=0.9
+        With a defence, rows longer than this quantile of all rows of the round are shortened to
+        it; 1 shortens none.
+    malicious_fraction : float in [0, 1), default=0.0
+        Share of the clients that are dishonest, to try defences on.
+    attack : {"gradient", "random", "bandwagon", "sign-flip", "scale", "gaussian", "nan"}, \
+default="gradient"
+        What dishonest clients do. The first three want everybody to be recommended `target_item`;
+        the others spoil the model. See `docs/robust.md`.
+    attack_strength : float, default=10.0
+        How much louder than honest clients they are.
+    target_item : item id, default=None
+        What shall be recommended; None: the least popular item.
     min_rating : float or None, default=None
         Drop weaker rows first.
     early_stopping : bool, default=False
@@ -243,8 +267,13 @@ class FedFNNRecommender(BaseRecommender):
         Sorted ids.
     seen_indptr_, seen_indices_ : ndarray
         Items of each user in `fit`, in CSR form.
+    malicious_client_ids_ : ndarray
+        Clients that `attack` makes dishonest, sorted; none without.
+    target_item_ : item id or None
+        What they promote.
     history_ : list of dict
-        One a round: ``round, loss, seconds, clients, bytes_up, bytes_down``, with early stopping
+        One a round: ``round, loss, seconds, clients, rejected, bytes_up, bytes_down``; of the
+        clients, those rejected sent what was not finite or far too large. With early stopping
         ``validation_ndcg``, with a predictor at work ``predictor_r2, predictor_cosine,
         predictor_candidate, predicted_share, predicted_norm, prediction_active, user_norm``.
     n_rounds_ : int
@@ -329,6 +358,13 @@ class FedFNNRecommender(BaseRecommender):
         anchor: bool = True,
         extra_inputs: bool = True,
         refit: bool = True,
+        defence: DefenceName | None = None,
+        assumed_malicious: float = 0.1,
+        clip_quantile: float = 0.9,
+        malicious_fraction: float = 0.0,
+        attack: AttackName = "gradient",
+        attack_strength: float = 10.0,
+        target_item: Any = None,
         min_rating: float | None = None,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -374,6 +410,13 @@ class FedFNNRecommender(BaseRecommender):
         self.anchor = anchor
         self.extra_inputs = extra_inputs
         self.refit = refit
+        self.defence = defence
+        self.assumed_malicious = assumed_malicious
+        self.clip_quantile = clip_quantile
+        self.malicious_fraction = malicious_fraction
+        self.attack = attack
+        self.attack_strength = attack_strength
+        self.target_item = target_item
         self.min_rating = min_rating
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
@@ -424,6 +467,13 @@ class FedFNNRecommender(BaseRecommender):
             anchor=self.anchor,
             extra_inputs=self.extra_inputs,
             refit=self.refit,
+            defence=self.defence,
+            assumed_malicious=self.assumed_malicious,
+            clip_quantile=self.clip_quantile,
+            malicious_fraction=self.malicious_fraction,
+            attack=self.attack,
+            attack_strength=self.attack_strength,
+            target_item=self.target_item,
             early_stopping=self.early_stopping,
             validation_fraction=self.validation_fraction,
             n_iter_no_change=self.n_iter_no_change,
@@ -502,6 +552,13 @@ def simulate_fedfnn(
     anchor: bool,
     extra_inputs: bool,
     refit: bool,
+    defence: DefenceName | None,
+    assumed_malicious: float,
+    clip_quantile: float,
+    malicious_fraction: float,
+    attack: AttackName,
+    attack_strength: float,
+    target_item: Any,
     early_stopping: bool,
     validation_fraction: float,
     n_iter_no_change: int,
@@ -540,7 +597,18 @@ def simulate_fedfnn(
     validation = None
     if early_stopping or (kind is not None and patience_on == "ndcg"):
         rows, validation = hold_out(data, validation_fraction, streams)
-    shards = make_shards(data, rows, resolve_device(device))
+    around = distrust(
+        data,
+        streams,
+        defence=defence,
+        assumed_malicious=assumed_malicious,
+        clip_quantile=clip_quantile,
+        malicious_fraction=malicious_fraction,
+        attack=attack,
+        attack_strength=attack_strength,
+        target_item=target_item,
+    )
+    shards = make_shards(around.data, rows, resolve_device(device))
     size = cohort_size(clients_per_round, data.n_clients)
     bias = item_bias and objective == "bce"
     local, examples_per_step = _local(model, optimizer, learning_rate, batch_size, server_optimizer)
@@ -591,6 +659,7 @@ def simulate_fedfnn(
                 server_optimizer=server,
                 forgetting=forgetting,
                 decay=STATISTICS_DECAY,
+                uplink=around.uplink,
                 in_place=in_place,
             )
 
@@ -631,6 +700,7 @@ def simulate_fedfnn(
                 else float(server_learning_rate),
                 decay=STATISTICS_DECAY,
                 item_curvature=item_curvature,
+                uplink=around.uplink,
                 in_place=in_place,
             )
 
@@ -679,7 +749,7 @@ def simulate_fedfnn(
         return predicted, {**logs, **more}
 
     with torch_threads(CPU_CHUNK_ROWS * n_factors):
-        return fit_factors(
+        fitted = fit_factors(
             data,
             watch,
             step=step,
@@ -699,6 +769,7 @@ def simulate_fedfnn(
             streams=streams,
             previous=previous,
         )
+    return {**fitted, **around.fitted}
 
 
 def _local(

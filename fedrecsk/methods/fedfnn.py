@@ -34,6 +34,7 @@ Where we deviate (only the abstract and summaries of the paper could be read):
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -44,15 +45,22 @@ from torch import Tensor
 
 from fedrecsk.engine.device import to_device
 from fedrecsk.engine.local import Moments, Optimizer, Params, apply_gradients, init_moments
-from fedrecsk.engine.mixing import RowSums, scatter_sum, weighted_mean
+from fedrecsk.engine.mixing import scatter_sum, weighted_mean
 from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
 from fedrecsk.engine.sampling import epoch_cohort, stratified_cohort, uniform_cohort
 from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
+from fedrecsk.engine.uplink import Uplink
+from fedrecsk.engine.uploads import Uploads
+from fedrecsk.exceptions import NoUsableUploadError
+from fedrecsk.methods.delegate_sums import DelegateSums, uploads_of
 from fedrecsk.methods.meta_network import PredictorName, cluster_labels, predict_updates
 from fedrecsk.models import bce_newton, ncf, sampled_bce, whole_data
 from fedrecsk.models.head import Head
+
+# A number so many times as large as the largest of the item table is a sign of divergence.
+BROKEN = 1e3
 
 ItemWeighting = Literal["count", "magnitude", "interactions", "fedavg"]
 SamplingName = Literal["uniform", "epoch", "stratified"]
@@ -189,13 +197,9 @@ def draw_delegates(
     if sampling == "epoch":
         return epoch_cohort(state.turns, size, rng)
     vectors = state.user_factors[torch.from_numpy(shards.users).to(state.user_factors.device)]
-    per_client = np.diff(shards.client_offsets)
-    owner = torch.from_numpy(np.repeat(np.arange(shards.n_clients), per_client))
     # A client without rows would have no user; the encoder makes none.
-    means = weighted_mean(
-        scatter_sum(vectors, owner.to(vectors.device), shards.n_clients),
-        torch.from_numpy(per_client).to(vectors),
-    )
+    owner = torch.from_numpy(np.repeat(np.arange(shards.n_clients), shards.client_users))
+    means = _means_of(vectors, owner.to(vectors.device), shards.n_clients)
     labels = cluster_labels(means, n_clusters, streams.key("strata", t))
     return stratified_cohort(labels, size, rng)
 
@@ -219,6 +223,7 @@ def bce_step(
     server_optimizer: Optimizer | None,
     forgetting: float | None = None,
     decay: float = 0.9,
+    uplink: Uplink | None = None,
     in_place: bool = False,
 ) -> tuple[FactorState, Logs]:
     """Train the delegates with sampled-negative binary cross-entropy and aggregate.
@@ -247,6 +252,8 @@ def bce_step(
     forgetting, decay : float
         Of the quasi-Newton step; None: a forgetting that follows from the participation,
         `whole_data.steady_rate`.
+    uplink : Uplink, optional
+        What happens to uploads before they are added up; None adds them as they come.
     in_place : bool, default=False
         Write what belongs to single users and clients into the tensors of `state`, which must not
         be read any more. Else all users are copied, also those who take no part.
@@ -256,17 +263,24 @@ def bce_step(
     state : FactorState
     logs : dict
         Numbers that the device knows are tensors of shape (), so that nobody waits for them.
+
+    Raises
+    ------
+    NoUsableUploadError
+        If what every delegate has learned is not finite, or far too large. On a GPU single
+        delegates are looked at by an uplink alone.
     """
     table = state.item_table
     key = streams.key("examples", t)
     client_rows = shards.client_rows
     total_rows = float(max(client_rows[delegates].sum(), 1))
-    numerator, denominator = torch.zeros_like(table), table.new_zeros(len(table), 1)
     user_factors = state.user_factors if in_place else state.user_factors.clone()
-    head_change = {name: torch.zeros_like(value) for name, value in state.head.items()}
-    curvature, gram = table.new_zeros(len(table)), table.new_zeros(table.shape[1], table.shape[1])
-    losses, n_examples = table.new_zeros(()), table.new_zeros(())
-    n_private = torch.zeros((), dtype=torch.int64, device=table.device)
+    newton = server_optimizer is None
+    sums = DelegateSums(table, state.head, newton=newton)
+    sent: list[tuple[Uploads, Tensor]] = []
+    # A GPU would be waited for, unless somebody looks at single uploads anyway.
+    looks = uplink is not None or table.device.type == "cpu"
+    bound = BROKEN * max(1.0, float(table.abs().max())) if looks else math.inf
     parts = shares(delegates, client_rows[delegates])
     for cohort in shards.chunks(own_part(parts), rows_per_interaction=1 + n_negatives):
         result, heads = _train(
@@ -282,41 +296,41 @@ def bce_step(
             item_propagation=item_propagation,
             key=key,
         )
-        weight = _row_weights(result, item_weighting, cohort, client_rows, total_rows)
-        sums = RowSums(result.row_items, len(table))
-        denominator += sums.add(weight[:, None])
-        if server_optimizer is not None:
-            numerator += sums.add(result.row_values, weight)
-        else:
-            # Divided by the learning rate later, which would blow up the rounding of values.
-            numerator += sums.add(result.row_delta, weight)
-            vectors = sampled_bce.with_constant(result.user_vectors, item_bias)
-            more_curvature, more_gram = bce_newton.curvature_sums(result, sums, vectors, table)
-            curvature += more_curvature
-            gram += more_gram
-        if heads:
-            share = to_device(cohort.client_rows / total_rows, table.device).to(table.dtype)
-        for name, change in head_change.items():
-            change += torch.tensordot(share, heads[name] - state.head[name], 1)
+        share = _share_of_rows(cohort, total_rows).to(table.dtype)
+        if newton:
+            share = torch.full_like(share, 1.0 / len(delegates))
+        broken = result.broken(cohort.owner, heads, bound) if looks else None
+        if broken is not None:
+            result = result.without(broken, cohort.owner, state.user_factors[cohort.users])
+            heads = _without(heads, broken, state.head)
+            sums.leave_out(broken, share)
+            share = share.masked_fill(broken, 0.0)
         user_factors[cohort.users] = result.user_vectors
-        losses += result.losses.sum()
-        n_examples += result.n_examples.sum()
-        n_private += result.row_valid.sum()
-    numerator, denominator, curvature, gram, losses, n_examples, n_private, *changes = add_up(
-        numerator,
-        denominator,
-        curvature,
-        gram,
-        losses,
-        n_examples,
-        n_private,
-        *head_change.values(),
-    )
-    head_change = dict(zip(head_change, changes, strict=True))
+        sums.count(result)
+        weight = _row_weights(result, item_weighting, cohort, client_rows, total_rows)
+        vectors = sampled_bce.with_constant(result.user_vectors, item_bias)
+        if broken is not None:
+            vectors.masked_fill_(broken[cohort.owner][:, None], 0.0)
+        if uplink is None:
+            sums.add(result, weight, vectors, heads, share)
+        else:
+            own = uploads_of(
+                cohort, result, weight, vectors, heads, share, state.head, newton=newton
+            )
+            means = _means_of(vectors, cohort.owner, len(share))
+            kept = torch.ones_like(share, dtype=torch.bool) if broken is None else ~broken
+            sent.append((own.of(kept), means[kept]))
+    sums.finish()
+    if uplink is not None and sums.n_broken < len(delegates):
+        uploads = Uploads.join([own for own, _ in sent])
+        received, n_rejected = uplink.receive(
+            uploads, torch.cat([means for _, means in sent]), table, t
+        )
+        sums.take(received, len(delegates), n_rejected)
+    if 0 < len(delegates) == sums.n_broken:
+        raise NoUsableUploadError(len(delegates), t)
+    heard = 1.0 - sums.broken_share
     user_factors = fill_rows(user_factors, parts, shards.users_of)
-    if server_optimizer is not None:
-        # Σ w (v_k - V) without the differences: one pass over the private rows less.
-        numerator -= denominator * table
     moments, statistics = state.moments, state.statistics
     if server_optimizer is None:
         rate = forgetting
@@ -325,30 +339,34 @@ def bce_step(
         moved, statistics = bce_newton.newton_step(
             table,
             statistics,
-            gradient=numerator / (-optimizer.learning_rate * local_epochs),
-            counts=denominator[:, 0],
-            curvature=curvature,
-            gram=gram / len(delegates),
+            gradient=sums.changes / (-optimizer.learning_rate * local_epochs),
+            counts=sums.weights[:, 0],
+            curvature=sums.curvature,
+            gram=sums.gram / (len(delegates) * heard),
             l2=l2,
             forgetting=rate,
             decay=decay,
         )
     else:
         mean = (
-            numerator if item_weighting == "fedavg" else weighted_mean(numerator, denominator[:, 0])
+            sums.changes / heard
+            if item_weighting == "fedavg"
+            else weighted_mean(sums.changes, sums.weights[:, 0])
         )
-        touched = denominator[:, 0] > 0
+        touched = sums.weights[:, 0] > 0
         step, moments = apply_gradients(
             {"item": table}, {"item": -mean}, moments, touched, server_optimizer
         )
         moved = step["item"]
+    head_change = {name: change / heard for name, change in sums.head.items()}
     head, head_moments = _moved_head(state, head_change, server_optimizer)
     n_shared = sum(value.numel() for value in head.values())
     logs: Logs = {
-        "loss": losses / n_examples.clamp_min(1),
+        "loss": sums.losses / sums.n_examples.clamp_min(1),
         "clients": len(delegates),
+        "rejected": sums.n_broken,
         "bytes_down": len(delegates) * dense_bytes(tuple(table.shape), (n_shared,)),
-        "bytes_up": n_private * sparse_row_bytes(1, table.shape[1])
+        "bytes_up": sums.n_rows * sparse_row_bytes(1, table.shape[1])
         + len(delegates) * dense_bytes((n_shared,)),
     }
     new = replace(
@@ -363,6 +381,28 @@ def bce_step(
         turns=_taken(state, delegates, in_place=in_place),
     )
     return new, logs
+
+
+def _share_of_rows(cohort: Cohort, total_rows: float) -> Tensor:
+    """Share (C,) of the interactions of all delegates that each client holds."""
+    rows = torch.zeros(len(cohort.clients), dtype=torch.float64, device=cohort.device)
+    return rows.index_add_(0, cohort.owner, cohort.sizes.double()) / total_rows
+
+
+def _means_of(vectors: Tensor, owner: Tensor, n_clients: int) -> Tensor:
+    """Mean vector (C, w) of the users of each client."""
+    ones = vectors.new_ones(len(owner), 1)
+    return weighted_mean(
+        scatter_sum(vectors, owner, n_clients), scatter_sum(ones, owner, n_clients)[:, 0]
+    )
+
+
+def _without(heads: Head, broken: Tensor, shared: Head) -> Head:
+    """Put the shared head in the place of those of some clients, told by a mask (C,)."""
+    return {
+        name: torch.where(broken.view(-1, *[1] * shared[name].dim()), shared[name], value)
+        for name, value in heads.items()
+    }
 
 
 def _train(
@@ -443,6 +483,7 @@ def whole_data_step(
     server_learning_rate: float | None,
     decay: float,
     item_curvature: bool,
+    uplink: Uplink | None = None,
     in_place: bool = False,
 ) -> tuple[FactorState, Logs]:
     """Solve the delegates exactly and take a quasi-Newton step on the server.
@@ -455,6 +496,7 @@ def whole_data_step(
         See `fedrecsk.models.whole_data`.
     server_learning_rate : float or None
         η; None follows from the participation, `whole_data.default_rate`.
+    uplink : Uplink, optional
     in_place : bool, default=False
         See `bce_step`.
 
@@ -469,6 +511,9 @@ def whole_data_step(
     mean_user_rows = len(shards.items) / shards.n_users
     user_factors = state.user_factors if in_place else state.user_factors.clone()
     total = whole_data.Sums.zero(shards.n_items, items.shape[1], items.device)
+    sent: list[tuple[Uploads, Tensor]] = []
+    broken: list[NDArray[np.int64]] = []
+    looks = uplink is not None or items.device.type == "cpu"  # a GPU would be waited for
     parts = shares(delegates, shards.client_rows[delegates])
     for cohort in shards.user_chunks(own_part(parts)):
         users = whole_data.solve_users(
@@ -479,11 +524,23 @@ def whole_data_step(
             penalty=penalty,
             mean_rows=mean_user_rows,
         )
+        if looks and not bool(users.isfinite().all()):
+            solved = users.isfinite().all(1)
+            broken.append(cohort.clients[~solved.cpu().numpy()])
+            cohort, users = cohort.of_users(solved), users[solved]
         user_factors[cohort.users] = users
         total += whole_data.user_sums(
             cohort, users, items, gram, unobserved_weight=unobserved_weight
         )
+        if uplink is not None:
+            sent.append((whole_data.uploads_of(cohort, users, items), users))
+    n_rejected = len(np.unique(np.concatenate(broken))) if broken else 0
+    if uplink is not None and total.n_users:
+        total, more = _received(uplink, sent, total, shards, items, t)
+        n_rejected += more
     total = total.of_all_processes()
+    if len(delegates) and not total.n_users:
+        raise NoUsableUploadError(len(delegates), t)
     user_factors = fill_rows(user_factors, parts, shards.users_of)
     rate = server_learning_rate
     if rate is None:
@@ -505,6 +562,7 @@ def whole_data_step(
     logs: Logs = {
         "loss": total.loss.double() / max(total.n_rows, 1),
         "clients": len(delegates),
+        "rejected": int(add_up(torch.tensor(n_rejected))[0]),
         "bytes_down": len(delegates) * dense_bytes(tuple(items.shape), (d, d)),
         # A row carries the pull on the item, its count and its curvature.
         "bytes_up": sparse_row_bytes(n_rows, width) + len(delegates) * dense_bytes((d, d)),
@@ -518,6 +576,30 @@ def whole_data_step(
         turns=_taken(state, delegates, in_place=in_place),
     )
     return new, logs
+
+
+def _received(
+    uplink: Uplink,
+    sent: Sequence[tuple[Uploads, Tensor]],
+    total: whole_data.Sums,
+    shards: ClientShards,
+    items: Tensor,
+    t: int,
+) -> tuple[whole_data.Sums, int]:
+    """Return the sums that an uplink makes of users' uploads (U, ...) and vectors, client wise."""
+    of_users = Uploads.join([own for own, _ in sent])
+    vectors = torch.cat([users for _, users in sent])
+    clients, place = np.unique(of_users.clients, return_inverse=True)
+    means = _means_of(vectors, torch.from_numpy(place).to(vectors.device), len(clients))
+    uploads = of_users.by_client(shards.n_items)
+    received, n_rejected = uplink.receive(uploads, means, items, t)
+    sums = whole_data.sums_of(
+        received,
+        loss=total.loss,
+        n_users=int(shards.client_users[received.clients].sum()),
+        n_rows=total.n_rows,
+    )
+    return sums, n_rejected
 
 
 def prediction_step(

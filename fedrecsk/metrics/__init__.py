@@ -1,6 +1,7 @@
 """Ranking metrics, their balance over clients, and scorers for model selection."""
 
 from fedrecsk.metrics.balance import client_balance
+from fedrecsk.metrics.exposure import exposure_ratio
 from fedrecsk.metrics.ranking import (
     coverage_at_k,
     hit_rate_at_k,
@@ -17,6 +18,7 @@ __all__ = [
     "client_balance",
     "coverage_at_k",
     "evaluate",
+    "exposure_ratio",
     "hit_rate_at_k",
     "map_at_k",
     "mrr_at_k",

@@ -33,7 +33,7 @@ PRIOR = 1.0
 
 
 def curvature_sums(
-    result: LocalResult, sums: RowSums, user_vectors: Tensor, item_table: Tensor
+    result: LocalResult, sums: RowSums, user_vectors: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return what a chunk of clients adds to the curvature.
 
@@ -45,8 +45,6 @@ def curvature_sums(
         Of its private rows into the table.
     user_vectors : Tensor of shape (C, width)
         After training, one per client; with the constant 1 where there is an item bias.
-    item_table : Tensor of shape (n_items, width)
-        Before the round.
 
     Returns
     -------
@@ -55,11 +53,16 @@ def curvature_sums(
     gram : Tensor of shape (width, width)
         Σ u uᵀ.
     """
-    rows = item_table.index_select(0, result.row_items)
+    weight = row_curvature(result, user_vectors)
+    return sums.add(weight[:, None])[:, 0], user_vectors.T @ user_vectors
+
+
+def row_curvature(result: LocalResult, user_vectors: Tensor) -> Tensor:
+    """Give σ'(u_k · v_i) (K,) of each private row, zero for padding; see `curvature_sums`."""
+    rows = result.item_table.index_select(0, result.row_items)
     rows *= user_vectors.index_select(0, result.row_clients)
     share = torch.sigmoid(rows.sum(1))
-    weight = share * (1.0 - share) * result.row_valid
-    return sums.add(weight[:, None])[:, 0], user_vectors.T @ user_vectors
+    return share * (1.0 - share) * result.row_valid
 
 
 def newton_step(

@@ -18,7 +18,9 @@ An item bias is the last column of the item table; users then carry a constant 1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -99,6 +101,66 @@ class LocalResult:
     def row_delta(self) -> Tensor:
         """Change of each private row, shape (K, d or d + 1)."""
         return self.row_values - self.item_table.index_select(0, self.row_items)
+
+    def broken(self, owner: Tensor, heads: Mapping[str, Tensor], bound: float) -> Tensor | None:
+        """Tell which clients hold anything that is not finite, or larger than a bound.
+
+        Parameters
+        ----------
+        owner : Tensor of shape (U,)
+            Position of each user's client.
+        heads : mapping of str to Tensor of shape (C, ...)
+            What clients hold besides.
+        bound : float
+
+        Returns
+        -------
+        Tensor of shape (C,), bool, or None
+            None where nobody does, which costs one pass over the rows.
+        """
+        held = [self.row_values, self.user_vectors, *heads.values()]
+        if all(_within(values, bound) for values in held) and _within(self.losses, math.inf):
+            return None
+        out = ~self.losses.isfinite()
+        out[self.row_clients[_beyond(self.row_values, bound) & self.row_valid]] = True
+        out[owner[_beyond(self.user_vectors, bound)]] = True
+        for values in heads.values():
+            out |= _beyond(values, bound)
+        return out
+
+    def without(self, broken: Tensor, owner: Tensor, before: Tensor) -> LocalResult:
+        """Return what is left if some clients, told by a mask (C,), had not taken part.
+
+        Parameters
+        ----------
+        broken : Tensor of shape (C,), bool
+        owner : Tensor of shape (U,)
+        before : Tensor of shape (U, d)
+            The users' vectors before training, which theirs keep.
+        """
+        rows = broken[self.row_clients]
+        start = self.item_table.index_select(0, self.row_items)
+        return replace(
+            self,
+            user_vectors=torch.where(broken[owner][:, None], before, self.user_vectors),
+            row_values=torch.where(rows[:, None], start, self.row_values),
+            row_valid=self.row_valid & ~rows,
+            losses=self.losses.masked_fill(broken, 0.0),
+            n_examples=self.n_examples.masked_fill(broken, 0),
+        )
+
+
+def _within(values: Tensor, bound: float) -> bool:
+    """Tell whether all numbers are finite and none is larger than a bound."""
+    if not values.numel():
+        return True
+    low, high = torch.aminmax(values)
+    return -bound <= float(low) and float(high) <= bound and math.isfinite(float(high - low))
+
+
+def _beyond(values: Tensor, bound: float) -> Tensor:
+    """Tell which of some tensors (n, ...) hold anything else."""
+    return ~(values.abs().flatten(1).amax(1) <= bound)
 
 
 def draw_examples(

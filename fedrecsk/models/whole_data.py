@@ -33,6 +33,7 @@ from torch import Tensor
 from fedrecsk.engine.mixing import csc_product, csr_product, row_offsets, scatter_sum
 from fedrecsk.engine.parallel import add_up
 from fedrecsk.engine.shards import Cohort
+from fedrecsk.engine.uploads import Uploads, UploadSums
 
 # Keeps solves regular where a user or an item has no data at all.
 JITTER = 1e-6
@@ -260,6 +261,50 @@ def user_sums(
         loss=((1.0 - score) ** 2).sum() + unobserved_weight * everywhere,
         n_users=cohort.n_users,
         n_rows=cohort.n_rows,
+    )
+
+
+def uploads_of(cohort: Cohort, users: Tensor, item_factors: Tensor) -> Uploads:
+    """Lay out what `user_sums` adds up, user by user.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        In which every entry of ``clients`` holds one user.
+    users : Tensor of shape (U, d)
+    item_factors : Tensor of shape (n_items, d)
+
+    Returns
+    -------
+    Uploads
+        Rows (n, d + 2): the pull on an item, its curvature, and 1. Numbers (U, d * d): u uᵀ.
+        `sums_of` reads their sums.
+    """
+    score = _scores(cohort, users, item_factors)[:, None]
+    own = users.index_select(0, cohort.row_user)
+    rows = torch.cat([(1.0 - score) * own, score.square(), torch.ones_like(score)], 1)
+    return Uploads(
+        clients=cohort.clients,
+        row_clients=cohort.row_user,
+        row_items=cohort.items,
+        rows=rows,
+        row_weights=rows.new_ones(len(rows)),
+        numbers=(users[:, :, None] * users[:, None, :]).flatten(1),
+        weights=rows.new_ones(len(users)),
+    )
+
+
+def sums_of(received: UploadSums, *, loss: Tensor, n_users: int, n_rows: int) -> Sums:
+    """Read the sums of `uploads_of`; the loss and the numbers come beside them."""
+    d = received.rows.shape[1] - 2
+    return Sums(
+        pull=received.rows[:, :d],
+        counts=received.rows[:, d + 1],
+        curvature=received.rows[:, d],
+        gram=received.numbers.reshape(d, d),
+        loss=loss,
+        n_users=n_users,
+        n_rows=n_rows,
     )
 
 

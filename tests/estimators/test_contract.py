@@ -458,8 +458,17 @@ SHARED_BAD = {
     "random_state": "seed",
     "verbose": -1,
 }
+UPLINK_BAD = {
+    "defence": "mean",
+    "assumed_malicious": 0.5,
+    "clip_quantile": 0,
+    "malicious_fraction": 1.0,
+    "attack": "shout",
+    "attack_strength": 0,
+}
 BAD = {
     FedFNNRecommender: SHARED_BAD
+    | UPLINK_BAD
     | {
         "item_weighting": "sum",
         "predictor": "forest",
@@ -477,7 +486,7 @@ BAD = {
     },
     FedFastRecommender: {
         name: value
-        for name, value in SHARED_BAD.items()
+        for name, value in (SHARED_BAD | UPLINK_BAD).items()
         if name
         not in {
             "objective",
@@ -510,7 +519,7 @@ BAD = {
         }
     }
     | {"model": "svd", "batch_users": 0},
-    FedAvgRecommender: SHARED_BAD | {"model": "svd", "sampling": "all"},
+    FedAvgRecommender: SHARED_BAD | UPLINK_BAD | {"model": "svd", "sampling": "all"},
     HeteFedRecRecommender: {
         name: value for name, value in SHARED_BAD.items() if name not in {"n_factors", "objective"}
     }
@@ -600,7 +609,7 @@ BAD = {
     PopularityRecommender: {"min_rating": "3", "verbose": -1},
 }
 # Read with everything else that the caller says about items, and refused there.
-READ_AS_DATA = {"item_text"}
+READ_AS_DATA = {"target_item", "item_text"}
 
 
 @pytest.mark.parametrize("cls", BAD)

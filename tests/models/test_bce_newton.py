@@ -173,7 +173,6 @@ def test_curvature_sums_are_loops_over_clients_and_their_items(item_bias, path):
         result,
         RowSums(result.row_items, len(table)),
         sampled_bce.with_constant(result.user_vectors, item_bias),
-        table,
     )
     updates = train_cohort(shards, clients.tolist(), users, table, **arguments)
     evidence = reference.Evidence.none(shards.n_items)
