@@ -54,7 +54,7 @@ class Defence:
         Largest share of dishonest clients in a cohort that the rule has to withstand.
     clip_quantile : float in (0, 1]
         Rows longer than this quantile of the lengths of all rows of the round are shortened to
-        it, and likewise clients' numbers.
+        it, and likewise clients' numbers; see `clip`.
     """
 
     name: DefenceName
@@ -106,10 +106,14 @@ def clip(uploads: Uploads, quantile: float) -> Uploads:
     Returns
     -------
     Uploads
+        A count or a curvature beside the vector of a row is bounded on its own: were it shortened
+        along, few would seem to have sent what pulls hard.
     """
+    n, width = uploads.n_directions, uploads.rows.shape[1]
+    parts = [uploads.rows[:, :n], *(uploads.rows[:, k : k + 1] for k in range(n, width))]
     return replace(
         uploads,
-        rows=_shortened(uploads.rows, quantile),
+        rows=torch.cat([_shortened(part, quantile) for part in parts], 1),
         numbers=_shortened(uploads.numbers, quantile),
     )
 

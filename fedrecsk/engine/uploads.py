@@ -43,6 +43,8 @@ class Uploads:
     rows : Tensor of shape (K, w)
     row_weights : Tensor of shape (K,)
         Weight of each row in the sum.
+    n_directions : int
+        Leading columns of the rows that are a vector; each further one is a size of its own.
     numbers : Tensor of shape (C, m)
         What a client sends besides.
     weights : Tensor of shape (C,)
@@ -54,6 +56,7 @@ class Uploads:
     row_items: Tensor
     rows: Tensor
     row_weights: Tensor
+    n_directions: int
     numbers: Tensor
     weights: Tensor
 
@@ -69,6 +72,7 @@ class Uploads:
             row_items=torch.cat([part.row_items for part in parts]),
             rows=torch.cat([part.rows for part in parts]),
             row_weights=torch.cat([part.row_weights for part in parts]),
+            n_directions=parts[0].n_directions,
             numbers=torch.cat([part.numbers for part in parts]),
             weights=torch.cat([part.weights for part in parts]),
         )
@@ -85,6 +89,7 @@ class Uploads:
             row_items=pairs % n_items,
             rows=scatter_sum(self.rows, index, len(pairs)),
             row_weights=self.row_weights[:1].expand(len(pairs)),
+            n_directions=self.n_directions,
             numbers=scatter_sum(self.numbers, owner, len(clients)),
             weights=self.weights[:1].expand(len(clients)),
         )
@@ -109,6 +114,7 @@ class Uploads:
             row_items=self.row_items[rows],
             rows=self.rows[rows],
             row_weights=self.row_weights[rows],
+            n_directions=self.n_directions,
             numbers=self.numbers[kept],
             weights=self.weights[kept],
         )
@@ -168,6 +174,7 @@ def add_uploads(uploads: Uploads, n_items: int) -> UploadSums:
     ...     row_items=torch.tensor([0, 2, 2]),
     ...     rows=torch.tensor([[1.0], [2.0], [4.0]]),
     ...     row_weights=torch.ones(3),
+    ...     n_directions=1,
     ...     numbers=torch.zeros(2, 0),
     ...     weights=torch.ones(2),
     ... )
@@ -207,6 +214,7 @@ def screen(uploads: Uploads) -> Uploads:
     ...     row_items=torch.tensor([0, 0]),
     ...     rows=torch.tensor([[1.0], [float("nan")]]),
     ...     row_weights=torch.ones(2),
+    ...     n_directions=1,
     ...     numbers=torch.zeros(2, 0),
     ...     weights=torch.ones(2),
     ... )

@@ -205,6 +205,7 @@ def uploads_of(
         row_items=result.row_items[valid],
         rows=rows,
         row_weights=weight[valid],
+        n_directions=result.row_values.shape[1],
         numbers=numbers,
         weights=share,
     )

@@ -289,6 +289,7 @@ def uploads_of(cohort: Cohort, users: Tensor, item_factors: Tensor) -> Uploads:
         row_items=cohort.items,
         rows=rows,
         row_weights=rows.new_ones(len(rows)),
+        n_directions=users.shape[1],
         numbers=(users[:, :, None] * users[:, None, :]).flatten(1),
         weights=rows.new_ones(len(users)),
     )

@@ -33,6 +33,7 @@ def random_uploads(seed=0, n_clients=12, n_numbers=4):
         row_items=torch.from_numpy(np.concatenate(items)),
         rows=torch.from_numpy(rng.normal(size=(n_rows, WIDTH)).astype(np.float32)),
         row_weights=torch.from_numpy(rng.uniform(0.5, 2, n_rows).astype(np.float32)),
+        n_directions=WIDTH - 1,
         numbers=torch.from_numpy(rng.normal(size=(n_clients, n_numbers)).astype(np.float32)),
         weights=torch.from_numpy(rng.uniform(0.5, 2, n_clients).astype(np.float32)),
     )
@@ -79,7 +80,7 @@ def test_entries_of_one_client_are_added_up():
     ones = torch.ones_like(uploads.row_weights), torch.ones_like(uploads.weights)
     twice = Uploads(
         np.array([5, 2] * 6), uploads.row_clients, uploads.row_items, uploads.rows, ones[0],
-        uploads.numbers, ones[1],
+        WIDTH, uploads.numbers, ones[1],
     )  # fmt: skip
     merged = twice.by_client(N_ITEMS)
     assert merged.clients.tolist() == [2, 5]
@@ -112,7 +113,7 @@ def test_long_uploads_are_kept_up_to_the_bound():
         scale[4] = factor * EXPLODED * typical / one
         longer = Uploads(
             uploads.clients, uploads.row_clients, uploads.row_items,
-            uploads.rows * scale[uploads.row_clients][:, None], uploads.row_weights,
+            uploads.rows * scale[uploads.row_clients][:, None], uploads.row_weights, WIDTH,
             uploads.numbers * scale[:, None], uploads.weights,
         )  # fmt: skip
         assert len(screen(longer).clients) == n_left
@@ -139,10 +140,12 @@ def test_an_uplink_ends_the_fit_if_nothing_can_be_used():
 def test_clipping_shortens_what_is_longer_than_the_quantile(quantile):
     uploads = random_uploads()
     clipped = clip(uploads, quantile)
-    close(clipped.rows, shortened(uploads.rows.numpy(), quantile))
+    n = uploads.n_directions
+    close(clipped.rows[:, :n], shortened(uploads.rows[:, :n].numpy(), quantile))
+    close(clipped.rows[:, n:], shortened(uploads.rows[:, n:].numpy(), quantile))  # one column
     close(clipped.numbers, shortened(uploads.numbers.numpy(), quantile))
-    directions = (clipped.rows * uploads.rows).sum(1) / clipped.rows.norm(dim=1)
-    close(directions, uploads.rows.norm(dim=1).numpy())
+    parallel = torch.cosine_similarity(clipped.rows[:, :n], uploads.rows[:, :n])
+    close(parallel, np.ones(len(parallel)))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +197,7 @@ def test_a_minority_does_not_move_the_result_far(name, value):
     rows[lies] = value
     uploads = Uploads(
         np.arange(12), torch.from_numpy(client), torch.from_numpy(item), rows,
-        torch.ones(len(client)), torch.zeros(12, 0), torch.ones(12),
+        torch.ones(len(client)), WIDTH, torch.zeros(12, 0), torch.ones(12),
     )  # fmt: skip
     sums = Defence(name, 0.25, 1.0).add(uploads, N_ITEMS)
     means = sums.rows / sums.row_weights[:, None]
