@@ -194,8 +194,8 @@ def draw_examples(
         In the cohort's order of rows.
     """
     negatives, valid = _draw_negatives(cohort, n_items, n_negatives, key)
-    items = torch.cat([cohort.items[:, None], negatives], dim=1)
-    keep = torch.cat([valid.new_ones(len(valid), 1), valid], dim=1)
+    items = torch.cat([cohort.items[None], negatives]).T.contiguous()
+    keep = torch.cat([valid.new_ones(1, cohort.n_rows), valid]).T.contiguous()
     largest = max(1, int(cohort.client_rows.max(initial=0)))
     per_batch = largest if batch_size is None else max(1, batch_size // (1 + n_negatives))
     rank = _rank_in_client(cohort, derived_key(key, "shuffle"), shuffle=batch_size is not None)
@@ -212,9 +212,8 @@ def draw_examples(
 def _draw_negatives(
     cohort: Cohort, n_items: int, n_negatives: int, key: int
 ) -> tuple[Tensor, Tensor]:
-    """Draw negatives (n, n_negatives) of every positive, and say which there are."""
+    """Draw negatives (n_negatives, n) of every positive, and say which there are."""
     device = cohort.device
-    position = cohort.position()
     # What is the same for all rows of a user is worked out once for each, (U,).
     counts = cohort.sizes
     left = n_items - counts
@@ -224,44 +223,50 @@ def _draw_negatives(
     offset = (counter_uniform(derived_key(key, "offset"), cohort.users) * left).long()
 
     def of_rows(values: Tensor) -> Tensor:
-        return values.index_select(0, cohort.row_user)[:, None]  # (n, 1)
+        return values.index_select(0, cohort.row_user)  # (n,)
 
-    column = torch.arange(n_negatives, device=device)
+    # Rows are the last axis: with a handful of negatives there, each would be a loop of its own.
+    column = torch.arange(n_negatives, device=device)[:, None]
     # Neighbouring strata go to different positives, so that a mini-batch spans the catalogue.
-    stratum = column * of_rows(counts) + position[:, None]  # (n, n_negatives)
+    # In place where nobody else holds the tensor: fresh memory costs more than the arithmetic.
+    stratum = (column * of_rows(counts)).add_(cohort.position())  # (n_negatives, n)
     valid = stratum < of_rows(strata)
     size, larger, unseen = of_rows(sizes), of_rows(left - sizes * strata), of_rows(left)
-    low = stratum * size + torch.minimum(stratum, larger)
-    width = size + (stratum < larger)
-    within = counter_uniform(derived_key(key, "negatives"), of_rows(cohort.users), stratum) * width
-    rank = low + within.long() + of_rows(offset)
-    rank = torch.where(rank < unseen, rank, rank - unseen)
+    within = counter_uniform(derived_key(key, "negatives"), of_rows(cohort.users), stratum)
+    within *= size + (stratum < larger)
+    rank = torch.minimum(stratum, larger).add_(within.long()).add_(of_rows(offset))
+    rank += stratum.mul_(size)  # where the stratum begins
+    rank -= unseen * (rank >= unseen)
     return _unseen_item(cohort, rank, n_items, valid), valid
 
 
 def _unseen_item(cohort: Cohort, rank: Tensor, n_items: int, valid: Tensor) -> Tensor:
-    """Return the item that is number `rank` (n, m) among those the row's user has not seen."""
+    """Return the item that is number `rank` (m, n) among those the row's user has not seen.
+
+    `rank` is overwritten.
+    """
     starts = cohort.offsets()[:-1]
     if cohort.device.type == "cpu" and cohort.n_users * n_items <= LISTED * rank.numel():
         # Listing what the users have not seen takes less than that many searches. Not on a GPU,
         # which would be waited for: how long the list is depends on its values.
         seen = cohort.row_user * n_items + cohort.items
-        unseen = torch.ones(cohort.n_users * n_items, dtype=torch.bool, device=cohort.device)
+        unseen = torch.ones(cohort.n_users * n_items, dtype=torch.bool)
         unseen[seen] = False
-        listed = torch.nonzero(unseen)[:, 0]
-        base = torch.arange(cohort.n_users, device=cohort.device) * n_items  # of each user's items
-        place = rank + (base - starts).index_select(0, cohort.row_user)[:, None]
-        place.clamp_(max=max(len(listed) - 1, 0))  # ranks that are not valid may lie beyond
-        found = listed[place] if len(listed) else rank
-        drawn = found - base.index_select(0, cohort.row_user)[:, None]
-        return torch.where(valid, drawn, cohort.items[:, None])
+        listed = torch.from_numpy(np.flatnonzero(unseen.numpy()))  # torch takes ten times as long
+        base = torch.arange(cohort.n_users) * n_items  # of each user's items
+        rank += (base - starts).index_select(0, cohort.row_user)
+        rank.clamp_(max=max(len(listed) - 1, 0))  # ranks that are not valid may lie beyond
+        if len(listed):
+            rank = listed.index_select(0, rank.view(-1)).view(rank.shape)
+        drawn = rank.sub_(base.index_select(0, cohort.row_user))
+        return drawn if bool(valid.all()) else torch.where(valid, drawn, cohort.items)
     # With a user's items p_0 < p_1 < ..., unseen item number r is r + #{k : p_k - k <= r}.
     stride = n_items + 1
     shifted = cohort.items - cohort.position() + cohort.row_user * stride
-    wanted = rank + (cohort.row_user * stride)[:, None]
+    wanted = rank + cohort.row_user * stride
     below = torch.searchsorted(shifted, wanted, right=True)
-    below -= starts.index_select(0, cohort.row_user)[:, None]
-    return torch.where(valid, rank + below, cohort.items[:, None])
+    below -= starts.index_select(0, cohort.row_user)
+    return torch.where(valid, rank + below, cohort.items)
 
 
 def _rank_in_client(cohort: Cohort, key: int, *, shuffle: bool) -> Tensor:
