@@ -155,6 +155,12 @@ def weighted_mean(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / safe[:, None]
 
 
+def mean_rows(values: Tensor, index: Tensor, n_rows: int) -> Tensor:
+    """Mean (n_rows, d) of the rows (K, d) that belong to each place, told by `index` (K,)."""
+    ones = values.new_ones(len(index), 1)
+    return weighted_mean(scatter_sum(values, index, n_rows), scatter_sum(ones, index, n_rows)[:, 0])
+
+
 def _hear_out_torch() -> None:
     """Make the first CSR tensor of the process, on which torch says that they are in beta.
 

@@ -18,7 +18,7 @@ from fedrecsk.engine.parallel import add_up
 from fedrecsk.engine.shards import Cohort
 from fedrecsk.engine.uploads import Uploads, UploadSums
 from fedrecsk.models import bce_newton
-from fedrecsk.models.head import Head
+from fedrecsk.models.head import Head, flat_changes, stacked_heads
 from fedrecsk.models.sampled_bce import LocalResult
 
 
@@ -154,11 +154,8 @@ class DelegateSums:
             self.curvature = received.rows[:, width]
             self.gram = received.numbers.reshape(width, width) * n_delegates
             return
-        start = 0
-        for name, value in self.shared_head.items():
-            part = received.numbers[start : start + value.numel()]
-            self.head[name] = part.reshape(value.shape)
-            start += value.numel()
+        self.head = stacked_heads(received.numbers[None], [self.shared_head])[0]
+        self.head = {name: value[0] for name, value in self.head.items()}
 
 
 def uploads_of(
@@ -188,24 +185,11 @@ def uploads_of(
     -------
     Uploads
     """
-    valid = result.row_valid
-    rows, n_clients = result.row_delta[valid], len(cohort.clients)
-    if newton:
-        curvature = bce_newton.row_curvature(result, vectors)[valid]
-        rows = torch.cat([rows, curvature[:, None]], 1)
-        numbers = (vectors[:, :, None] * vectors[:, None, :]).flatten(1)  # a user a client
-    else:
-        changes = [
-            (heads[name] - value).reshape(n_clients, -1) for name, value in shared_head.items()
-        ]
-        numbers = torch.cat(changes, 1) if changes else rows.new_zeros(n_clients, 0)
-    return Uploads(
-        clients=cohort.clients,
-        row_clients=result.row_clients[valid],
-        row_items=result.row_items[valid],
-        rows=rows,
-        row_weights=weight[valid],
-        n_directions=result.row_values.shape[1],
-        numbers=numbers,
-        weights=share,
-    )
+    if not newton:
+        return result.uploads(
+            cohort.clients, weight, flat_changes([heads], [shared_head], share[:, None]), share
+        )
+    grams = (vectors[:, :, None] * vectors[:, None, :]).flatten(1)  # a user a client
+    uploads = result.uploads(cohort.clients, weight, grams, share)
+    curvature = bce_newton.row_curvature(result, vectors)[result.row_valid]
+    return uploads.with_rows(torch.cat([uploads.rows, curvature[:, None]], 1))

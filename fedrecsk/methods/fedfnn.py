@@ -34,7 +34,6 @@ Where we deviate (only the abstract and summaries of the paper could be read):
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -45,7 +44,7 @@ from torch import Tensor
 
 from fedrecsk.engine.device import to_device
 from fedrecsk.engine.local import Moments, Optimizer, Params, apply_gradients, init_moments
-from fedrecsk.engine.mixing import scatter_sum, weighted_mean
+from fedrecsk.engine.mixing import mean_rows, weighted_mean
 from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
 from fedrecsk.engine.sampling import epoch_cohort, stratified_cohort, uniform_cohort
 from fedrecsk.engine.shards import ClientShards, Cohort
@@ -57,10 +56,7 @@ from fedrecsk.exceptions import NoUsableUploadError
 from fedrecsk.methods.delegate_sums import DelegateSums, uploads_of
 from fedrecsk.methods.meta_network import PredictorName, cluster_labels, predict_updates
 from fedrecsk.models import bce_newton, ncf, sampled_bce, whole_data
-from fedrecsk.models.head import Head
-
-# A number so many times as large as the largest of the item table is a sign of divergence.
-BROKEN = 1e3
+from fedrecsk.models.head import Head, without
 
 ItemWeighting = Literal["count", "magnitude", "interactions", "fedavg"]
 SamplingName = Literal["uniform", "epoch", "stratified"]
@@ -199,7 +195,7 @@ def draw_delegates(
     vectors = state.user_factors[torch.from_numpy(shards.users).to(state.user_factors.device)]
     # A client without rows would have no user; the encoder makes none.
     owner = torch.from_numpy(np.repeat(np.arange(shards.n_clients), shards.client_users))
-    means = _means_of(vectors, owner.to(vectors.device), shards.n_clients)
+    means = mean_rows(vectors, owner.to(vectors.device), shards.n_clients)
     labels = cluster_labels(means, n_clusters, streams.key("strata", t))
     return stratified_cohort(labels, size, rng)
 
@@ -280,7 +276,7 @@ def bce_step(
     sent: list[tuple[Uploads, Tensor]] = []
     # A GPU would be waited for, unless somebody looks at single uploads anyway.
     looks = uplink is not None or table.device.type == "cpu"
-    bound = BROKEN * max(1.0, float(table.abs().max())) if looks else math.inf
+    bound = sampled_bce.BROKEN * max(1.0, float(table.abs().max())) if looks else math.inf
     parts = shares(delegates, client_rows[delegates])
     for cohort in shards.chunks(own_part(parts), rows_per_interaction=1 + n_negatives):
         result, heads = _train(
@@ -302,7 +298,7 @@ def bce_step(
         broken = result.broken(cohort.owner, heads, bound) if looks else None
         if broken is not None:
             result = result.without(broken, cohort.owner, state.user_factors[cohort.users])
-            heads = _without(heads, broken, state.head)
+            heads = without(heads, broken, state.head)
             sums.leave_out(broken, share)
             share = share.masked_fill(broken, 0.0)
         user_factors[cohort.users] = result.user_vectors
@@ -317,7 +313,7 @@ def bce_step(
             own = uploads_of(
                 cohort, result, weight, vectors, heads, share, state.head, newton=newton
             )
-            means = _means_of(vectors, cohort.owner, len(share))
+            means = mean_rows(vectors, cohort.owner, len(share))
             kept = torch.ones_like(share, dtype=torch.bool) if broken is None else ~broken
             sent.append((own.of(kept), means[kept]))
     sums.finish()
@@ -387,22 +383,6 @@ def _share_of_rows(cohort: Cohort, total_rows: float) -> Tensor:
     """Share (C,) of the interactions of all delegates that each client holds."""
     rows = torch.zeros(len(cohort.clients), dtype=torch.float64, device=cohort.device)
     return rows.index_add_(0, cohort.owner, cohort.sizes.double()) / total_rows
-
-
-def _means_of(vectors: Tensor, owner: Tensor, n_clients: int) -> Tensor:
-    """Mean vector (C, w) of the users of each client."""
-    ones = vectors.new_ones(len(owner), 1)
-    return weighted_mean(
-        scatter_sum(vectors, owner, n_clients), scatter_sum(ones, owner, n_clients)[:, 0]
-    )
-
-
-def _without(heads: Head, broken: Tensor, shared: Head) -> Head:
-    """Put the shared head in the place of those of some clients, told by a mask (C,)."""
-    return {
-        name: torch.where(broken.view(-1, *[1] * shared[name].dim()), shared[name], value)
-        for name, value in heads.items()
-    }
 
 
 def _train(
@@ -536,7 +516,8 @@ def whole_data_step(
             sent.append((whole_data.uploads_of(cohort, users, items), users))
     n_rejected = len(np.unique(np.concatenate(broken))) if broken else 0
     if uplink is not None and total.n_users:
-        total, more = _received(uplink, sent, total, shards, items, t)
+        received, more = whole_data.receive(uplink, sent, items, t)
+        total = total.with_received(received, shards.client_users)
         n_rejected += more
     total = total.of_all_processes()
     if len(delegates) and not total.n_users:
@@ -576,30 +557,6 @@ def whole_data_step(
         turns=_taken(state, delegates, in_place=in_place),
     )
     return new, logs
-
-
-def _received(
-    uplink: Uplink,
-    sent: Sequence[tuple[Uploads, Tensor]],
-    total: whole_data.Sums,
-    shards: ClientShards,
-    items: Tensor,
-    t: int,
-) -> tuple[whole_data.Sums, int]:
-    """Return the sums that an uplink makes of users' uploads (U, ...) and vectors, client wise."""
-    of_users = Uploads.join([own for own, _ in sent])
-    vectors = torch.cat([users for _, users in sent])
-    clients, place = np.unique(of_users.clients, return_inverse=True)
-    means = _means_of(vectors, torch.from_numpy(place).to(vectors.device), len(clients))
-    uploads = of_users.by_client(shards.n_items)
-    received, n_rejected = uplink.receive(uploads, means, items, t)
-    sums = whole_data.sums_of(
-        received,
-        loss=total.loss,
-        n_users=int(shards.client_users[received.clients].sum()),
-        n_rows=total.n_rows,
-    )
-    return sums, n_rejected
 
 
 def prediction_step(

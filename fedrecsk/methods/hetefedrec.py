@@ -31,6 +31,7 @@ Where we deviate, and what the summaries that could be read leave open:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -42,11 +43,14 @@ from torch import Tensor
 
 from fedrecsk.engine.device import to_device
 from fedrecsk.engine.local import Moments, Optimizer, apply_gradients
-from fedrecsk.engine.mixing import RowSums
+from fedrecsk.engine.mixing import RowSums, mean_rows
 from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
 from fedrecsk.engine.shards import ClientShards
 from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
+from fedrecsk.engine.uplink import Uplink
+from fedrecsk.engine.uploads import Uploads
+from fedrecsk.exceptions import NoUsableUploadError
 from fedrecsk.methods.nested_state import (
     Aggregation,
     Logs,
@@ -60,10 +64,10 @@ from fedrecsk.methods.nested_state import (
 )
 from fedrecsk.methods.padded_aggregation import Denominator, combine, slice_of
 from fedrecsk.methods.self_distillation import distill, draw_items
-from fedrecsk.models import ncf
+from fedrecsk.models import ncf, sampled_bce
 from fedrecsk.models.decorrelation import decorrelation_pull
-from fedrecsk.models.head import Head
-from fedrecsk.models.sampled_bce import LocalResult
+from fedrecsk.models.head import Head, flat_changes, stacked_heads
+from fedrecsk.models.sampled_bce import BROKEN, LocalResult
 
 ClientWeights = Literal["uniform", "interactions"]
 
@@ -90,6 +94,7 @@ def network_step(
     optimizer: Optimizer,
     l2: float,
     server_optimizer: Optimizer,
+    uplink: Uplink | None = None,
     in_place: bool = False,
 ) -> tuple[NestedState, Logs]:
     """Train the participants, each in its own size, and aggregate.
@@ -120,6 +125,9 @@ def network_step(
         See `fedrecsk.models.ncf.train`.
     server_optimizer : Optimizer
         Takes an aggregated change as a negative gradient; plain SGD at rate 1 adds it.
+    uplink : Uplink, optional
+        What happens to uploads before they are added up, among clients of the same size; None
+        adds them as they come.
     in_place : bool, default=False
         Write users' vectors and clients' turns into the arrays of `state`, which must not be read
         any more. Else all users are copied, also those who take no part.
@@ -128,6 +136,12 @@ def network_step(
     -------
     state : NestedState
     logs : dict
+
+    Raises
+    ------
+    NoUsableUploadError
+        If what every participant has learned is not finite, or far too large. On a GPU single
+        participants are looked at by an uplink alone.
     """
     key = streams.key("examples", t)
     together = dual_task and aggregation == "padded"
@@ -139,16 +153,22 @@ def network_step(
     user_factors = state.user_factors if in_place else state.user_factors.clone()
     sums = _NetworkSums.zero(state)
     parts = shares(participants, shards.client_rows[participants])
+    # A GPU would be waited for, unless somebody looks at single uploads anyway.
+    looks = uplink is not None or user_factors.device.type == "cpu"
     for x, width in enumerate(sizes.widths):
         tasks = range(x + 1) if together else range(x, x + 1)
+        shared = [state.heads[y] for y in tasks]
         pull = decorrelation_pull(state.tables[x][:, :width], alpha) if alpha and x else None
         group = sizes.members(own_part(parts), x)
+        bound = BROKEN * max(1.0, float(state.tables[x].abs().max())) if looks else math.inf
+        sent: list[tuple[Uploads, Tensor]] = []
         for cohort in shards.chunks(group, rows_per_interaction=1 + n_negatives):
+            before = user_factors[cohort.users, :width]
             result, heads = ncf.train(
                 cohort,
-                user_factors[cohort.users, :width],
+                before,
                 state.tables[x],
-                [state.heads[y] for y in tasks],
+                shared,
                 item_bias=item_bias,
                 n_graph_layers=n_graph_layers,
                 item_propagation=item_propagation,
@@ -160,15 +180,38 @@ def network_step(
                 pull=pull,
                 key=key,
             )
+            weight = to_device(weights_of(cohort.clients), before.device).to(before.dtype)
+            changes = flat_changes(heads, shared, weight)
+            broken = result.broken(cohort.owner, {"heads": changes}, bound) if looks else None
+            if broken is not None:
+                result = result.without(broken, cohort.owner, before)
+                changes = changes.masked_fill(broken[:, None], 0.0)
+                weight = weight.masked_fill(broken, 0.0)
+                sums.n_broken += int(broken.sum())
             user_factors[cohort.users, :width] = result.user_vectors
-            weights_here = weights_of(cohort.clients)
-            weight = to_device(weights_here, user_factors.device).to(user_factors.dtype)
-            sums.add(x, result, weight)
-            for y, head in zip(tasks, heads, strict=True):
-                sums.add_head(y, head, state.heads[y], weight, float(weights_here.sum()))
+            sums.count(x, result)
+            each = weight[result.row_clients] * result.row_valid
+            if uplink is None:
+                sums.add(x, result, each)
+                sums.add_heads(tasks, weight @ changes, weight.sum())
+            else:
+                own = result.uploads(cohort.clients, each, changes, weight)
+                vectors = sampled_bce.with_constant(result.user_vectors, item_bias)
+                means = mean_rows(vectors, cohort.owner, len(weight))
+                kept = torch.ones_like(weight, dtype=torch.bool) if broken is None else ~broken
+                sent.append((own.of(kept), means[kept]))
+        if uplink is not None and any(len(own.clients) for own, _ in sent):
+            uploads = Uploads.join([own for own, _ in sent])
+            vectors = torch.cat([means for _, means in sent])
+            received, n_rejected = uplink.receive(uploads, vectors, state.tables[x], t)
+            sums.n_broken += n_rejected
+            sums.changes[x], sums.trained[x] = received.rows, received.row_weights
+            sums.add_heads(tasks, received.numbers, received.weight)
     sums = sums.of_all_processes()
     user_factors = fill_rows(user_factors, parts, shards.users_of)
 
+    if 0 < len(participants) == sums.n_broken:
+        raise NoUsableUploadError(len(participants), t)
     members = [sizes.members(participants, x) for x in range(len(sizes.widths))]
     weights = [float(weights_of(group).sum()) for group in members]
     tables, table_moments = list(state.tables), []
@@ -194,13 +237,13 @@ def network_step(
             part = slice_of(moved, sizes.widths[x], item_bias=item_bias)
             tables[x] = tables[x] + part
         table_moments.append(after)
-    shared, head_moments = sums.moved_heads(state, server_optimizer)
+    moved_heads, head_moments = sums.moved_heads(state, server_optimizer)
     logs = _network_logs(state, sums, members, dual_task=together)
     return replace(
         state,
         user_factors=user_factors,
         tables=tuple(tables),
-        heads=shared,
+        heads=moved_heads,
         table_moments=tuple(table_moments),
         head_moments=head_moments,
         turns=counted_turns(state, participants, in_place=in_place),
@@ -219,19 +262,22 @@ class _NetworkSums:
         Their weight, row by row.
     heads : list of dict of Tensor
         For each size's predictor, Σ weight * change over all clients that trained it.
-    head_weights : list of float
+    head_weights : Tensor of shape (n_sizes,)
     losses, n_examples : Tensor of shape ()
     n_rows : Tensor of shape (n_sizes,), int64
         Rows that the clients of each size send.
+    n_broken : int
+        Clients whose uploads nobody could use; they are in none of the sums.
     """
 
     changes: list[Tensor]
     trained: list[Tensor]
     heads: list[Head]
-    head_weights: list[float]
+    head_weights: Tensor
     losses: Tensor
     n_examples: Tensor
     n_rows: Tensor
+    n_broken: int = 0
 
     @classmethod
     def zero(cls, state: NestedState) -> _NetworkSums:
@@ -240,7 +286,7 @@ class _NetworkSums:
             changes=[torch.zeros_like(table) for table in state.tables],
             trained=[table.new_zeros(len(table)) for table in state.tables],
             heads=[{n: torch.zeros_like(v) for n, v in head.items()} for head in state.heads],
-            head_weights=[0.0] * len(state.heads),
+            head_weights=state.user_factors.new_zeros(len(state.heads)),
             losses=state.user_factors.new_zeros(()),
             n_examples=state.user_factors.new_zeros(()),
             n_rows=torch.zeros(
@@ -248,30 +294,33 @@ class _NetworkSums:
             ),
         )
 
-    def add(self, size: int, result: LocalResult, weight: Tensor) -> None:
-        """Add clients of a size that count by weight (C,)."""
-        each = weight[result.row_clients] * result.row_valid
-        rows = RowSums(result.row_items, len(self.trained[size]))
-        # The differences and not the rows: a small step must not drown in the rows' rounding.
-        self.changes[size] += rows.add(result.row_delta, each)
-        self.trained[size] += rows.add(each[:, None])[:, 0]
+    def count(self, size: int, result: LocalResult) -> None:
+        """Count the examples and rows of a chunk of clients of a size."""
         self.losses += result.losses.sum()
         self.n_examples += result.n_examples.sum()
         self.n_rows[size] += result.row_valid.sum()
 
-    def add_head(
-        self, size: int, trained: Head, before: Head, weight: Tensor, total: float
-    ) -> None:
-        """Add clients (C, ...) that trained a size's predictor; `total` is their weight's sum."""
-        for name, value in trained.items():
-            self.heads[size][name] += torch.tensordot(weight, value - before[name], 1)
-        self.head_weights[size] += total
+    def add(self, size: int, result: LocalResult, each: Tensor) -> None:
+        """Add the rows of clients of a size, which count by weight (K,)."""
+        rows = RowSums(result.row_items, len(self.trained[size]))
+        # The differences and not the rows: a small step must not drown in the rows' rounding.
+        self.changes[size] += rows.add(result.row_delta, each)
+        self.trained[size] += rows.add(each[:, None])[:, 0]
+
+    def add_heads(self, trained: Sequence[int], changes: Tensor, weight: Tensor) -> None:
+        """Add the weighted changes (P,) of the predictors of some sizes, one after another."""
+        heads = [self.heads[size] for size in trained]
+        for size, head in zip(trained, stacked_heads(changes[None], heads), strict=True):
+            for name, value in head.items():
+                self.heads[size][name] += value[0]
+            self.head_weights[size] += weight
 
     def of_all_processes(self) -> _NetworkSums:
         """Return what the clients of all processes that share a fit have sent."""
         n_sizes = len(self.trained)
-        weights, losses, n_examples, n_rows, *rest = add_up(
-            torch.tensor(self.head_weights, dtype=torch.float64),
+        n_broken, weights, losses, n_examples, n_rows, *rest = add_up(
+            torch.tensor(self.n_broken),
+            self.head_weights,
             self.losses,
             self.n_examples,
             self.n_rows,
@@ -284,10 +333,11 @@ class _NetworkSums:
             changes=rest[:n_sizes],
             trained=rest[n_sizes : 2 * n_sizes],
             heads=[{name: next(heads) for name in head} for head in self.heads],
-            head_weights=weights.tolist(),
+            head_weights=weights,
             losses=losses,
             n_examples=n_examples,
             n_rows=n_rows,
+            n_broken=int(n_broken),
         )
 
     def moved_heads(
@@ -298,8 +348,9 @@ class _NetworkSums:
         for head, change, weight, before in zip(
             state.heads, self.heads, self.head_weights, state.head_moments, strict=True
         ):
-            grads = {name: -value[None] / (weight or 1.0) for name, value in change.items()}
-            active = torch.full((1,), weight > 0, device=self.losses.device)
+            active = weight[None] > 0
+            mean = torch.where(active, weight, torch.ones_like(weight))
+            grads = {name: -value[None] / mean for name, value in change.items()}
             moved, after = apply_gradients(lifted(head), grads, before, active, server_optimizer)
             heads.append({name: value[0] for name, value in moved.items()})
             moments.append(after)
@@ -349,6 +400,7 @@ def _network_logs(
     return {
         "loss": sums.losses / sums.n_examples.clamp_min(1),
         "clients": sum(len(group) for group in members),
+        "rejected": sums.n_broken,
         "bytes_down": down,
         "bytes_up": up,
     }

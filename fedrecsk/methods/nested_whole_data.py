@@ -27,6 +27,9 @@ from torch.nn.functional import pad
 from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
 from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
+from fedrecsk.engine.uplink import Uplink
+from fedrecsk.engine.uploads import Uploads, UploadSums
+from fedrecsk.exceptions import NoUsableUploadError
 from fedrecsk.methods.nested_state import (
     Aggregation,
     Logs,
@@ -55,6 +58,7 @@ def whole_data_step(
     decay: float,
     item_curvature: bool,
     contributors: NDArray[np.int64] | None = None,
+    uplink: Uplink | None = None,
     in_place: bool = False,
 ) -> tuple[NestedState, Logs]:
     """Solve the participants, each in its own columns, and step the table block by block.
@@ -70,6 +74,9 @@ def whole_data_step(
         η; None follows from the participation, `whole_data.default_rate`.
     contributors : ndarray of int64, optional
         Clients that ever take part, for whom the participants stand; default: all.
+    uplink : Uplink, optional
+        See `fedrecsk.methods.hetefedrec.network_step`; in dual task it looks at what is sent of
+        each size on its own.
     in_place : bool, default=False
         See `fedrecsk.methods.hetefedrec.network_step`.
 
@@ -86,7 +93,12 @@ def whole_data_step(
         weights=np.diff(shards.client_offsets)[population],
         minlength=len(sizes.widths),
     )
-    logs: Logs = {"loss": 0.0, "clients": len(participants), "bytes_down": 0, "bytes_up": 0}
+    logs: Logs = {
+        "loss": 0.0, "clients": len(participants), "rejected": 0, "bytes_down": 0, "bytes_up": 0
+    }  # fmt: skip
+    # A GPU would be waited for, unless somebody looks at single uploads anyway.
+    looks = uplink is not None or user_factors.device.type == "cpu"
+    broken: list[NDArray[np.int64]] = []
     n_rows = 0
     parts = shares(participants, shards.client_rows[participants])
     for federation in federations(sizes, aggregation):
@@ -99,6 +111,7 @@ def whole_data_step(
                 width = blocks[y].stop
                 part = table[:, :width]
                 gram = part.T @ part
+                sent: list[tuple[Uploads, Tensor]] = []
                 for cohort in shards.user_chunks(sizes.members(own_part(parts), x)):
                     users = whole_data.solve_users(
                         cohort,
@@ -108,9 +121,23 @@ def whole_data_step(
                         penalty=penalty,
                         mean_rows=len(shards.items) / shards.n_users,
                     )
-                    sums = sums.plus(cohort, users, part, gram, unobserved_weight)
+                    if looks and not bool(users.isfinite().all()):
+                        solved = users.isfinite().all(1)
+                        broken.append(cohort.clients[~solved.cpu().numpy()])
+                        cohort, users = cohort.of_users(solved), users[solved]
                     if y == place:
                         user_factors[cohort.users, :width] = users
+                    more = sums.plus(cohort, users, part, gram, unobserved_weight)
+                    if uplink is None:
+                        sums = more
+                    else:
+                        sums = sums.with_loss(more)
+                        own = whole_data.uploads_of(cohort, users, part, blocks[: y + 1])
+                        sent.append((own, users))
+                if uplink is not None and any(len(users) for _, users in sent):
+                    received, n_rejected = whole_data.receive(uplink, sent, part, t)
+                    sums = sums.plus_received(received, shards.client_users)
+                    logs["rejected"] += n_rejected * (y == place)
             d, n_curvatures = blocks[place].stop, (place + 1) * item_curvature
             n_sent = int(shards.client_items[group].sum())
             logs["bytes_down"] += len(group) * dense_bytes((shards.n_items, d), (d, d))
@@ -153,6 +180,10 @@ def whole_data_step(
         logs["loss"] = logs["loss"] + sums.total.loss.double()
         n_rows += sums.total.n_rows
     logs["loss"] = logs["loss"] / max(n_rows, 1)
+    logs["rejected"] += len(np.unique(np.concatenate(broken))) if broken else 0
+    logs["rejected"] = int(add_up(torch.tensor(logs["rejected"]))[0])
+    if 0 < len(participants) == logs["rejected"]:
+        raise NoUsableUploadError(len(participants), t)
     return replace(
         state,
         user_factors=fill_rows(user_factors, parts, shards.users_of),
@@ -212,6 +243,38 @@ class _BlockSums:
             )
             counts[place] = counts[place] + sums.counts
             n_owners[place] += cohort.n_users
+        return replace(self, total=total, counts=counts, curvature=curvature, n_owners=n_owners)
+
+    def with_loss(self, other: _BlockSums) -> _BlockSums:
+        """Take over the loss and the number of rows of other sums."""
+        total = replace(self.total, loss=other.total.loss, n_rows=other.total.n_rows)
+        return replace(self, total=total)
+
+    def plus_received(self, received: UploadSums, client_users: NDArray[np.int64]) -> _BlockSums:
+        """Add what an uplink has made of the uploads of clients of one size.
+
+        Parameters
+        ----------
+        received : UploadSums
+            Rows (n_items, N + b + 1) of `whole_data.uploads_of` in the first b blocks.
+        client_users : ndarray of shape (n_clients,)
+            Users of each client.
+        """
+        width = int(len(received.numbers) ** 0.5)
+        missing = self.blocks[-1].stop - width
+        n_users = int(client_users[received.clients].sum())
+        gram = received.numbers.reshape(width, width)
+        total = replace(
+            self.total,
+            pull=self.total.pull + pad(received.rows[:, :width], (0, missing)),
+            gram=self.total.gram + pad(gram, (0, missing, 0, missing)),
+            n_users=self.total.n_users + n_users,
+        )
+        counts, curvature, n_owners = list(self.counts), list(self.curvature), list(self.n_owners)
+        for place in range(received.rows.shape[1] - width - 1):
+            counts[place] = counts[place] + received.rows[:, -1]
+            curvature[place] = curvature[place] + received.rows[:, width + place]
+            n_owners[place] += n_users
         return replace(self, total=total, counts=counts, curvature=curvature, n_owners=n_owners)
 
     def of_all_processes(self) -> _BlockSums:

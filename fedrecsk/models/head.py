@@ -123,6 +123,40 @@ def flat_head(head: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
+def flat_changes(
+    trained: Sequence[Mapping[str, Tensor]], before: Sequence[Mapping[str, Tensor]], like: Tensor
+) -> Tensor:
+    """Put what clients changed of some heads into one vector each.
+
+    Parameters
+    ----------
+    trained : sequence of mappings of name to Tensor of shape (C, ...)
+    before : sequence of mappings of name to Tensor
+        The same heads before training, without client axis.
+    like : Tensor of shape (C, ...)
+        Tells C and the dtype where there is no head.
+
+    Returns
+    -------
+    Tensor of shape (C, P)
+        `stacked_heads` takes the changes out again.
+    """
+    changes = [like.new_zeros(len(like), 0)]
+    for own, shared in zip(trained, before, strict=True):
+        for k in range(len(shared) // 2):
+            for name in (f"weight_{k}", f"bias_{k}"):
+                changes.append((own[name] - shared[name]).flatten(1))
+    return torch.cat(changes, 1)
+
+
+def without(trained: Mapping[str, Tensor], left_out: Tensor, shared: Mapping[str, Tensor]) -> Head:
+    """Put the shared head in the place of those (C, ...) of some clients, told by a mask (C,)."""
+    return {
+        name: torch.where(left_out.view(-1, *[1] * shared[name].dim()), shared[name], value)
+        for name, value in trained.items()
+    }
+
+
 def head_of(flat: Tensor, n_factors: int, hidden: Sequence[int] = (8, 8)) -> Head:
     """Take a head out of the vector of its weights; the empty head out of an empty one.
 

@@ -25,6 +25,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrecsk.engine.device import to_device
@@ -32,7 +33,10 @@ from fedrecsk.engine.local import Optimizer, apply_gradients, init_moments
 from fedrecsk.engine.mixing import scatter_sum
 from fedrecsk.engine.shards import Cohort
 from fedrecsk.engine.streams import counter_uniform, derived_key
+from fedrecsk.engine.uploads import Uploads
 
+# A number so many times as large as the largest of the item table is a sign of divergence.
+BROKEN = 1e3
 # Up to so many user-item pairs for each negative, listing the unseen ones takes less time than a
 # binary search for each negative.
 LISTED = 8
@@ -127,6 +131,31 @@ class LocalResult:
         for values in heads.values():
             out |= _beyond(values, bound)
         return out
+
+    def uploads(
+        self, clients: NDArray[np.int64], row_weights: Tensor, numbers: Tensor, weights: Tensor
+    ) -> Uploads:
+        """Lay the changes of rows out, client by client, with what is sent besides.
+
+        Parameters
+        ----------
+        clients : ndarray of shape (C,)
+            Their codes.
+        row_weights : Tensor of shape (K,)
+        numbers : Tensor of shape (C, m)
+        weights : Tensor of shape (C,)
+        """
+        valid = self.row_valid
+        return Uploads(
+            clients=clients,
+            row_clients=self.row_clients[valid],
+            row_items=self.row_items[valid],
+            rows=self.row_delta[valid],
+            row_weights=row_weights[valid],
+            n_directions=self.row_values.shape[1],
+            numbers=numbers,
+            weights=weights,
+        )
 
     def without(self, broken: Tensor, owner: Tensor, before: Tensor) -> LocalResult:
         """Return what is left if some clients, told by a mask (C,), had not taken part.

@@ -25,14 +25,18 @@ its meaning from one data set to the next.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fedrecsk.engine.mixing import csc_product, csr_product, row_offsets, scatter_sum
+from fedrecsk.engine.mixing import csc_product, csr_product, mean_rows, row_offsets, scatter_sum
 from fedrecsk.engine.parallel import add_up
 from fedrecsk.engine.shards import Cohort
+from fedrecsk.engine.uplink import Uplink
 from fedrecsk.engine.uploads import Uploads, UploadSums
 
 # Keeps solves regular where a user or an item has no data at all.
@@ -116,6 +120,22 @@ class Sums:
             loss=self.loss + other.loss,
             n_users=self.n_users + other.n_users,
             n_rows=self.n_rows + other.n_rows,
+        )
+
+    def with_received(self, received: UploadSums, client_users: NDArray[np.int64]) -> Sums:
+        """Return the sums that an uplink has made of what `uploads_of` laid out.
+
+        Loss and rows stay, of which nobody makes a secret here; users are those of the clients
+        that were heard, of which each has so many (n_clients,).
+        """
+        d = len(self.gram)
+        return replace(
+            self,
+            pull=received.rows[:, :d],
+            counts=received.rows[:, -1],
+            curvature=received.rows[:, d],
+            gram=received.numbers.reshape(d, d),
+            n_users=int(client_users[received.clients].sum()),
         )
 
     def of_all_processes(self) -> Sums:
@@ -264,7 +284,9 @@ def user_sums(
     )
 
 
-def uploads_of(cohort: Cohort, users: Tensor, item_factors: Tensor) -> Uploads:
+def uploads_of(
+    cohort: Cohort, users: Tensor, item_factors: Tensor, blocks: Sequence[slice] = (ALL_COLUMNS,)
+) -> Uploads:
     """Lay out what `user_sums` adds up, user by user.
 
     Parameters
@@ -273,40 +295,57 @@ def uploads_of(cohort: Cohort, users: Tensor, item_factors: Tensor) -> Uploads:
         In which every entry of ``clients`` holds one user.
     users : Tensor of shape (U, d)
     item_factors : Tensor of shape (n_items, d)
+    blocks : sequence of slice, default=all columns
+        Blocks of columns whose curvature is told apart.
 
     Returns
     -------
     Uploads
-        Rows (n, d + 2): the pull on an item, its curvature, and 1. Numbers (U, d * d): u uᵀ.
-        `sums_of` reads their sums.
+        Rows (n, d + b + 1): the pull on an item, its curvature in each of b blocks, and 1. Numbers
+        (U, d * d): u uᵀ.
     """
-    score = _scores(cohort, users, item_factors)[:, None]
     own = users.index_select(0, cohort.row_user)
-    rows = torch.cat([(1.0 - score) * own, score.square(), torch.ones_like(score)], 1)
+    pull = (1.0 - _scores(cohort, users, item_factors))[:, None] * own
+    curvatures = [
+        _scores(cohort, users[:, block], item_factors[:, block]).square()[:, None]
+        for block in blocks
+    ]
+    ones = pull.new_ones(len(pull))
     return Uploads(
         clients=cohort.clients,
         row_clients=cohort.row_user,
         row_items=cohort.items,
-        rows=rows,
-        row_weights=rows.new_ones(len(rows)),
+        rows=torch.cat([pull, *curvatures, ones[:, None]], 1),
+        row_weights=ones,
         n_directions=users.shape[1],
         numbers=(users[:, :, None] * users[:, None, :]).flatten(1),
-        weights=rows.new_ones(len(users)),
+        weights=ones.new_ones(len(users)),
     )
 
 
-def sums_of(received: UploadSums, *, loss: Tensor, n_users: int, n_rows: int) -> Sums:
-    """Read the sums of `uploads_of`; the loss and the numbers come beside them."""
-    d = received.rows.shape[1] - 2
-    return Sums(
-        pull=received.rows[:, :d],
-        counts=received.rows[:, d + 1],
-        curvature=received.rows[:, d],
-        gram=received.numbers.reshape(d, d),
-        loss=loss,
-        n_users=n_users,
-        n_rows=n_rows,
-    )
+def receive(
+    uplink: Uplink, sent: Sequence[tuple[Uploads, Tensor]], item_factors: Tensor, t: int
+) -> tuple[UploadSums, int]:
+    """Hand users' uploads to an uplink, client by client.
+
+    Parameters
+    ----------
+    uplink : Uplink
+    sent : sequence of (Uploads, Tensor of shape (U, d))
+        From `uploads_of`, and the users' vectors.
+    item_factors : Tensor of shape (n_items, d)
+    t : int
+
+    Returns
+    -------
+    sums : UploadSums
+    n_rejected : int
+    """
+    uploads = Uploads.join([own for own, _ in sent])
+    clients, place = np.unique(uploads.clients, return_inverse=True)
+    vectors = torch.cat([users for _, users in sent])
+    means = mean_rows(vectors, torch.from_numpy(place).to(vectors.device), len(clients))
+    return uplink.receive(uploads.by_client(len(item_factors)), means, item_factors, t)
 
 
 class _Pairs:
