@@ -31,6 +31,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -174,13 +175,20 @@ def trimmed_mean(values: Tensor, place: Tensor, counts: Tensor, cut: int) -> Ten
         inside = column < size[:, None]  # (n, longest)
         source = torch.where(inside, starts[chosen][:, None] + column, 0)
         table = values[order[source]].masked_fill(~inside[:, :, None], torch.inf)
-        table = table.sort(dim=1).values
+        table = _sorted(table)
         left_out = torch.minimum(torch.full_like(size, cut), (size - 1) // 2)[:, None]
         kept = (column >= left_out) & (column < size[:, None] - left_out)
         table = table.masked_fill(~kept[:, :, None], 0.0)
         out[chosen] = table.sum(1) / kept.sum(1, keepdim=True)
         start += n
     return out
+
+
+def _sorted(table: Tensor) -> Tensor:
+    """Sort a tensor (n, longest, w) along its middle axis; NumPy takes a thirtieth on a CPU."""
+    if table.device.type == "cpu":
+        return torch.from_numpy(np.sort(table.numpy(), axis=1))
+    return table.sort(dim=1).values
 
 
 def central_mean(vectors: Tensor, cut: int) -> Tensor:
