@@ -100,7 +100,8 @@ def run_rounds(
     ----------
     step : callable
         ``step(state, t) -> (state, logs)``; `t` is the number of the round, `logs` a dict with
-        at least ``loss``. Tensors of shape () in it are read when the round is over.
+        at least ``loss``, which is None where nobody has trained. Tensors of shape () in it are
+        read when the round is over.
     state
         The start.
     n_rounds : int
@@ -140,7 +141,8 @@ def run_rounds(
     state, best_state = past.state, past.best_state
     best_value, waited = past.best_value, past.waited
     history = list(past.history)
-    bound = _largest_loss(history[0]) if history else math.inf
+    losses = (record["loss"] for record in history)
+    bound = next((_largest_loss(loss) for loss in losses if loss is not None), None)
     if early_stopping is not None and waited >= early_stopping.n_iter_no_change:
         return RoundsResult(state=best_state, history=history)
     for t in range(first_round + len(history), first_round + n_rounds):
@@ -151,16 +153,19 @@ def run_rounds(
         # The one place where a GPU is waited for, so that the seconds are those of its work too.
         logs = read_logs(logs)
         record: Record = {"round": t + 1, **logs, "seconds": time.perf_counter() - start}
-        if t == first_round:
-            bound = _largest_loss(record)
-        if not record["loss"] <= bound or not math.isfinite(record["loss"]):
-            raise FloatingPointError(
-                f"Training diverged in round {t + 1}: the loss is {record['loss']}. "
-                "Lower learning_rate or server_learning_rate, or raise l2."
-            )
+        loss = record["loss"]
+        if loss is not None:
+            bound = _largest_loss(loss) if bound is None else bound
+            if not loss <= bound or not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"Training diverged in round {t + 1}: the loss is {loss}. "
+                    "Lower learning_rate or server_learning_rate, or raise l2."
+                )
         stop = False
         if early_stopping is None:
             best_state = state
+        elif loss is None:
+            record["validation_ndcg"] = None  # nobody has trained, so there is nothing to wait for
         else:
             # One process decides for all, lest they part over the last digit.
             value = of_main(early_stopping.evaluate(state))
@@ -217,9 +222,6 @@ def read_logs(logs: Record) -> Record:
     return {**logs, **read}
 
 
-def _largest_loss(first: Record) -> float:
+def _largest_loss(first: float) -> float:
     """Give the loss above which a fit has diverged; any, where nobody had examples."""
-    if first["loss"] == 0:
-        return math.inf
-    bound: float = DIVERGED * max(abs(first["loss"]), TINY_LOSS)
-    return bound
+    return math.inf if first == 0 else DIVERGED * max(abs(first), TINY_LOSS)

@@ -627,13 +627,13 @@ class RoundWatch:
         every = 1 if verbose > 1 else -(-self._n_rounds // 10)
         if not verbose or not is_main() or (done % every and done not in (1, self._n_rounds)):
             return
-        parts = [
-            f"[{type(self._estimator).__name__}] round {done}/{self._n_rounds}",
-            f"loss {record['loss']:.4f}",
-        ]
-        if "validation_ndcg" in record:
+        parts = [f"[{type(self._estimator).__name__}] round {done}/{self._n_rounds}"]
+        if record["loss"] is not None:
+            parts.append(f"loss {record['loss']:.4f}")
+        if record.get("validation_ndcg") is not None:
             parts.append(f"validation NDCG@{SCORE_K} {record['validation_ndcg']:.4f}")
-        parts.append(f"{record['clients']} clients")
+        of_asked = f" of {record['asked']}" if "asked" in record else ""
+        parts.append(f"{record['clients']}{of_asked} clients")
         parts.append(f"{record['seconds']:.2f} s")
         print("  ".join(parts), flush=True)
 

@@ -13,6 +13,7 @@ from fedrecsk.data.interactions import Interactions
 from fedrecsk.engine.attacks import AttackName
 from fedrecsk.engine.defences import DefenceName
 from fedrecsk.engine.local import OptimizerName
+from fedrecsk.engine.participation import Availability, ClientSeconds
 from fedrecsk.engine.traffic import sparse_row_bytes
 from fedrecsk.estimators._base import SHARED_CONSTRAINTS, Attributes, BaseRecommender, RoundWatch
 from fedrecsk.estimators._factors import score_factor_items, score_factor_pairs
@@ -46,6 +47,11 @@ class FedAvgRecommender(BaseRecommender):
     clients_per_round : int or float, default=0.2
         A number, or a share of all clients in (0, 1].
     sampling : {"uniform", "epoch", "stratified"}, default="uniform"
+    availability : float, mapping, array-like, callable or None, default=None
+    dropout_rate : float in [0, 1), default=0.0
+    client_seconds : float, mapping, array-like or None, default=None
+    deadline : float or None, default=None
+    over_selection : float, default=0.0
     local_epochs : int, default=5
     learning_rate : float or "auto", default="auto"
     batch_size : int, None or "auto", default="auto"
@@ -122,6 +128,11 @@ class FedAvgRecommender(BaseRecommender):
         n_rounds: int = 40,
         clients_per_round: int | float = 0.2,
         sampling: SamplingName = "uniform",
+        availability: Availability = None,
+        dropout_rate: float = 0.0,
+        client_seconds: ClientSeconds = None,
+        deadline: float | None = None,
+        over_selection: float = 0.0,
         local_epochs: int = 5,
         learning_rate: float | Literal["auto"] = "auto",
         batch_size: int | Literal["auto"] | None = "auto",
@@ -163,6 +174,11 @@ class FedAvgRecommender(BaseRecommender):
         self.n_rounds = n_rounds
         self.clients_per_round = clients_per_round
         self.sampling = sampling
+        self.availability = availability
+        self.dropout_rate = dropout_rate
+        self.client_seconds = client_seconds
+        self.deadline = deadline
+        self.over_selection = over_selection
         self.local_epochs = local_epochs
         self.learning_rate = learning_rate
         self.batch_size = batch_size
@@ -209,6 +225,11 @@ class FedAvgRecommender(BaseRecommender):
             n_rounds=self.n_rounds,
             clients_per_round=self.clients_per_round,
             sampling=self.sampling,
+            availability=self.availability,
+            dropout_rate=self.dropout_rate,
+            client_seconds=self.client_seconds,
+            deadline=self.deadline,
+            over_selection=self.over_selection,
             local_epochs=self.local_epochs,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,

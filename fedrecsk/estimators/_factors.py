@@ -6,6 +6,7 @@ round as a function, the rest is the same.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -334,6 +335,7 @@ def run_factors(
         raise _diverged("vectors cannot be solved for", round_now) from error
     if not _largest_score(fitted) < float(np.finfo(np.float32).max):
         raise _diverged("the scores are not finite", round_now)
+    check_somebody_delivered(result.history, goes_on=first_round > 0)
     return {**fitted, "history_": result.history}
 
 
@@ -347,6 +349,24 @@ def _kept(
         return None
     usable = _largest_score(fitted) < float(np.finfo(np.float32).max)
     return {**fitted, "history_": history} if usable else None
+
+
+def check_somebody_delivered(history: list[Record], *, goes_on: bool) -> None:
+    """Refuse a model that nobody has trained; where a fit goes on, say that it is as before."""
+    if any(record["loss"] is not None for record in history):
+        return
+    asked, dropped, late, unavailable = (
+        sum(record[name] for record in history)
+        for name in ("asked", "dropped", "late", "unavailable")
+    )
+    message = (
+        f"Nobody delivered in any of {len(history)} rounds: {asked} times a client was asked, "
+        f"{dropped} times it dropped out and {late} times it was late; {unavailable} times a "
+        "client was not available. Raise availability, deadline or n_rounds, or lower dropout_rate."
+    )
+    if not goes_on:
+        raise ValueError(message)
+    warnings.warn(f"The model stays as it was. {message}", UserWarning, stacklevel=2)
 
 
 def _largest_score(fitted: Attributes) -> float:

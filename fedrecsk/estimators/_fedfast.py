@@ -12,6 +12,7 @@ from fedrecsk.data.interactions import Interactions
 from fedrecsk.engine.attacks import AttackName
 from fedrecsk.engine.defences import DefenceName
 from fedrecsk.engine.local import OptimizerName
+from fedrecsk.engine.participation import Availability, ClientSeconds
 from fedrecsk.estimators._base import Attributes, BaseRecommender, RoundWatch
 from fedrecsk.estimators._factors import score_factor_items, score_factor_pairs
 from fedrecsk.estimators._fedfnn import (
@@ -50,6 +51,11 @@ class FedFastRecommender(BaseRecommender):
     n_rounds : int, default=40
     clients_per_round : int or float, default=0.2
         A number, or a share of all clients in (0, 1].
+    availability : float, mapping, array-like, callable or None, default=None
+    dropout_rate : float in [0, 1), default=0.0
+    client_seconds : float, mapping, array-like or None, default=None
+    deadline : float or None, default=None
+    over_selection : float, default=0.0
     n_clusters : int, default=10
         Of the users' vectors.
     discount, discount_decay : float in [0, 1], default=1.0 and 0.95
@@ -126,6 +132,11 @@ class FedFastRecommender(BaseRecommender):
         *,
         n_rounds: int = 40,
         clients_per_round: int | float = 0.2,
+        availability: Availability = None,
+        dropout_rate: float = 0.0,
+        client_seconds: ClientSeconds = None,
+        deadline: float | None = None,
+        over_selection: float = 0.0,
         n_clusters: int = 10,
         discount: float = 1.0,
         discount_decay: float = 0.95,
@@ -164,6 +175,11 @@ class FedFastRecommender(BaseRecommender):
         self.n_factors = n_factors
         self.n_rounds = n_rounds
         self.clients_per_round = clients_per_round
+        self.availability = availability
+        self.dropout_rate = dropout_rate
+        self.client_seconds = client_seconds
+        self.deadline = deadline
+        self.over_selection = over_selection
         self.n_clusters = n_clusters
         self.discount = discount
         self.discount_decay = discount_decay
@@ -210,6 +226,11 @@ class FedFastRecommender(BaseRecommender):
             n_rounds=self.n_rounds,
             clients_per_round=self.clients_per_round,
             sampling="stratified",
+            availability=self.availability,
+            dropout_rate=self.dropout_rate,
+            client_seconds=self.client_seconds,
+            deadline=self.deadline,
+            over_selection=self.over_selection,
             local_epochs=self.local_epochs,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,6 +17,7 @@ from fedrecsk.engine.attacks import AttackName
 from fedrecsk.engine.defences import DefenceName
 from fedrecsk.engine.device import resolve_device, torch_threads
 from fedrecsk.engine.local import Optimizer, OptimizerName
+from fedrecsk.engine.participation import Availability, ClientSeconds, read_participation
 from fedrecsk.engine.sampling import cohort_size
 from fedrecsk.engine.shards import CPU_CHUNK_ROWS
 from fedrecsk.engine.streams import Streams
@@ -34,12 +37,14 @@ from fedrecsk.methods.fedfnn import (
     ItemWeighting,
     Logs,
     SamplingName,
+    bce_download,
     bce_step,
     draw_delegates,
     prediction_step,
     refit_bce,
     refit_whole_data,
     served_factors,
+    whole_data_download,
     whole_data_step,
 )
 from fedrecsk.methods.meta_network import PredictorName
@@ -70,6 +75,17 @@ FACTOR_CONSTRAINTS: Constraints = {
     "n_graph_layers": [Interval(Integral, 1, None, closed="left")],
     "item_propagation": ["boolean"],
     "sampling": [StrOptions({"uniform", "epoch", "stratified"})],
+    "availability": [
+        Interval(Real, 0, 1, closed="right"),
+        "array-like",
+        Mapping,
+        callable,
+        None,
+    ],
+    "dropout_rate": [Interval(Real, 0, 1, closed="left")],
+    "client_seconds": [Interval(Real, 0, None, closed="neither"), "array-like", Mapping, None],
+    "deadline": [Interval(Real, 0, None, closed="neither"), None],
+    "over_selection": [Interval(Real, 0, None, closed="left")],
     "learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
     "objective": [StrOptions({"whole-data", "bce"})],
     "l2_exponent": [Interval(Real, 0, 1, closed="both")],
@@ -122,6 +138,25 @@ class FedFNNRecommender(BaseRecommender):
         ``"epoch"`` draws among those with the fewest turns, so that everybody takes part once
         before anybody does so twice; ``"uniform"`` draws each round anew; ``"stratified"`` gives
         equal quotas to `n_clusters` clusters of the users' vectors, as FedFast does.
+    availability : float, mapping, array-like, callable or None, default=None
+        Chance that a client is there in a round; the server draws among those that are. A float
+        is everybody's, a mapping has one by client id, an array one for each client in the order
+        of the sorted client ids. A function ``availability(round, client_ids)`` is called once a
+        round, with the number of it in ``history_`` and the sorted client ids, and returns a
+        truth value or a chance for each; it must give the same for the same. None: all are
+        there, always.
+    dropout_rate : float in [0, 1), default=0.0
+        Chance that a client that was asked never delivers.
+    client_seconds : float, mapping, array-like or None, default=None
+        Seconds that each client's device takes for one interaction of its training rows in one
+        local epoch (``"whole-data"``: in all). How long it takes in a round is that times rows
+        and epochs, times a random factor, log-normal with median 1 and a spread of 0.25.
+    deadline : float or None, default=None
+        Seconds after which a client is not waited for. Needs `client_seconds`.
+    over_selection : float, default=0.0
+        Clients that are asked beyond those of `clients_per_round`, as a share of these. The first
+        `clients_per_round` that deliver count, in order of their seconds, or in a random one; the
+        others have trained for nothing. With 0 a round shrinks by those that do not deliver.
     local_epochs : int, default=5
         Passes over a client's own examples in a round (``"bce"``).
     learning_rate : float or "auto", default="auto"
@@ -276,6 +311,10 @@ default="gradient"
         clients, those rejected sent what was not finite or far too large. With early stopping
         ``validation_ndcg``, with a predictor at work ``predictor_r2, predictor_cosine,
         predictor_candidate, predicted_share, predicted_norm, prediction_active, user_norm``.
+        Where clients may fail, also how many were ``asked``, ``dropped`` out, were too ``late``,
+        and ``unavailable`` to be asked, and with `client_seconds` the seconds that the server
+        ``waited``. ``clients`` are those that delivered, and ``bytes_down`` went to all that were
+        asked. A round in which nobody delivers changes nothing, and its ``loss`` is None.
     n_rounds_ : int
     n_features_in_ : int
     feature_names_in_ : ndarray of str
@@ -331,6 +370,11 @@ default="gradient"
         n_rounds: int = 40,
         clients_per_round: int | float = 0.2,
         sampling: SamplingName = "epoch",
+        availability: Availability = None,
+        dropout_rate: float = 0.0,
+        client_seconds: ClientSeconds = None,
+        deadline: float | None = None,
+        over_selection: float = 0.0,
         local_epochs: int = 5,
         learning_rate: float | Literal["auto"] = "auto",
         batch_size: int | Literal["auto"] | None = "auto",
@@ -383,6 +427,11 @@ default="gradient"
         self.n_rounds = n_rounds
         self.clients_per_round = clients_per_round
         self.sampling = sampling
+        self.availability = availability
+        self.dropout_rate = dropout_rate
+        self.client_seconds = client_seconds
+        self.deadline = deadline
+        self.over_selection = over_selection
         self.local_epochs = local_epochs
         self.learning_rate = learning_rate
         self.batch_size = batch_size
@@ -440,6 +489,11 @@ default="gradient"
             n_rounds=self.n_rounds,
             clients_per_round=self.clients_per_round,
             sampling=self.sampling,
+            availability=self.availability,
+            dropout_rate=self.dropout_rate,
+            client_seconds=self.client_seconds,
+            deadline=self.deadline,
+            over_selection=self.over_selection,
             local_epochs=self.local_epochs,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
@@ -525,6 +579,11 @@ def simulate_fedfnn(
     n_rounds: int,
     clients_per_round: int | float,
     sampling: SamplingName,
+    availability: Availability,
+    dropout_rate: float,
+    client_seconds: ClientSeconds,
+    deadline: float | None,
+    over_selection: float,
     local_epochs: int,
     learning_rate: float | Literal["auto"],
     batch_size: int | Literal["auto"] | None,
@@ -610,6 +669,17 @@ def simulate_fedfnn(
     )
     shards = make_shards(around.data, rows, resolve_device(device))
     size = cohort_size(clients_per_round, data.n_clients)
+    participation = read_participation(
+        data.clients.ids,
+        shards.client_rows,
+        availability=availability,
+        dropout_rate=dropout_rate,
+        client_seconds=client_seconds,
+        deadline=deadline,
+        over_selection=over_selection,
+        local_epochs=local_epochs if objective == "bce" else 1,
+        streams=streams,
+    )
     bias = item_bias and objective == "bce"
     local, examples_per_step = _local(model, optimizer, learning_rate, batch_size, server_optimizer)
     server = _server(
@@ -633,6 +703,7 @@ def simulate_fedfnn(
     if model != "mf":
         head = init_head(n_factors, streams=streams, device=shards.device)
 
+    download = bce_download if objective == "bce" else whole_data_download
     if objective == "bce":
         forgetting = None
         if server is None and server_learning_rate != "auto":
@@ -714,8 +785,9 @@ def simulate_fedfnn(
                 mean_rows=len(shards.items) / shards.n_users,
             )
 
-    def step(state: FactorState, t: int) -> tuple[FactorState, Logs]:
-        delegates = draw_delegates(state, shards, size, t, sampling, n_clusters, streams)
+    def train_and_predict(
+        state: FactorState, delegates: NDArray[np.int64], t: int
+    ) -> tuple[FactorState, Logs]:
         trained, logs = train(state, delegates, t)
         if kind is None:
             return trained, logs
@@ -747,6 +819,18 @@ def simulate_fedfnn(
             n_clusters=n_clusters,
         )
         return predicted, {**logs, **more}
+
+    def step(state: FactorState, t: int) -> tuple[FactorState, Logs]:
+        def draw(among: NDArray[np.int64] | None, n: int) -> NDArray[np.int64]:
+            return draw_delegates(state, shards, n, t, sampling, n_clusters, streams, among)
+
+        if participation is None:
+            return train_and_predict(state, draw(None, size), t)
+        turnout = participation.of_round(t, size, draw)
+        sent = len(turnout.asked) * download(state)
+        after, logs = turnout.train(state, lambda chosen: train_and_predict(state, chosen, t), sent)
+        turns, missed = turnout.turns_after(after.turns, state.missed)
+        return replace(after, turns=turns, missed=missed), logs
 
     with torch_threads(CPU_CHUNK_ROWS * n_factors):
         fitted = fit_factors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -15,6 +16,12 @@ from torch import Tensor
 from fedrecsk.data.interactions import Interactions
 from fedrecsk.engine.device import resolve_device, torch_threads
 from fedrecsk.engine.local import Optimizer, OptimizerName
+from fedrecsk.engine.participation import (
+    Availability,
+    ClientSeconds,
+    Participation,
+    read_participation,
+)
 from fedrecsk.engine.sampling import cohort_size, epoch_cohort, uniform_cohort
 from fedrecsk.engine.shards import CPU_CHUNK_ROWS, ClientShards, Cohort
 from fedrecsk.engine.streams import Streams
@@ -36,6 +43,7 @@ from fedrecsk.methods.nested_state import (
     Logs,
     NestedState,
     Sizes,
+    downloads,
     refit_users,
     spectrum_of,
 )
@@ -127,6 +135,13 @@ default=None
         A number, or a share of the contributors in (0, 1].
     sampling : {"epoch", "uniform"}, default="epoch"
         ``"epoch"``: everybody takes part once before anybody does so twice.
+    availability : float, mapping, array-like, callable or None, default=None
+    dropout_rate : float in [0, 1), default=0.0
+    client_seconds : float, mapping, array-like or None, default=None
+    deadline : float or None, default=None
+    over_selection : float, default=0.0
+        Of clients that fail, all five as in `FedFNNRecommender`; ``"mf"`` is ``"whole-data"``
+        there. The standalone clients of `aggregation` have no round to miss.
     local_epochs : int, default=5
         Passes of a participant over its own data, of networks.
     learning_rate : float or "auto", default="auto"
@@ -304,6 +319,11 @@ default=None
         n_rounds: int = 40,
         clients_per_round: int | float = 0.2,
         sampling: Literal["epoch", "uniform"] = "epoch",
+        availability: Availability = None,
+        dropout_rate: float = 0.0,
+        client_seconds: ClientSeconds = None,
+        deadline: float | None = None,
+        over_selection: float = 0.0,
         local_epochs: int = 5,
         learning_rate: float | Literal["auto"] = "auto",
         batch_size: int | None = None,
@@ -350,6 +370,11 @@ default=None
         self.n_rounds = n_rounds
         self.clients_per_round = clients_per_round
         self.sampling = sampling
+        self.availability = availability
+        self.dropout_rate = dropout_rate
+        self.client_seconds = client_seconds
+        self.deadline = deadline
+        self.over_selection = over_selection
         self.local_epochs = local_epochs
         self.learning_rate = learning_rate
         self.batch_size = batch_size
@@ -389,6 +414,7 @@ default=None
         if self.early_stopping:
             rows, validation = hold_out(data, self.validation_fraction, streams)
         shards = make_shards(data, rows, device)
+        participation = self._read_participation(data, shards, streams)
         group_sizes, group_ratio = self._groups(previous)
         assignment = assign_sizes(
             data,
@@ -450,15 +476,27 @@ default=None
         distills = self.aggregation == "padded" and several and self._distill_fraction > 0
         distills = distills and network
 
+        def train_some(state: NestedState, t: int) -> tuple[NestedState, Logs]:
+            def draw(among: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+                rng = streams.numpy("sampling", t)
+                if self.sampling == "uniform":
+                    return among[uniform_cohort(len(among), size, rng)]
+                return among[epoch_cohort(state.turns[among], size, rng)]
+
+            if participation is None:
+                return train(state, draw(contributors, n_participants), t)
+            turnout = participation.of_round(t, n_participants, draw, contributors)
+            sent = downloads(state, dual_task=dual_task)[sizes.of_client[turnout.asked]]
+            after, logs = turnout.train(
+                state, lambda chosen: train(state, chosen, t), int(sent.sum())
+            )
+            turns, missed = turnout.turns_after(after.turns, state.missed)
+            return replace(after, turns=turns, missed=missed), logs
+
         def step(state: NestedState, t: int) -> tuple[NestedState, Logs]:
-            rng = streams.numpy("sampling", t)
-            if self.sampling == "uniform":
-                chosen = uniform_cohort(len(contributors), n_participants, rng)
-            else:
-                chosen = epoch_cohort(state.turns[contributors], n_participants, rng)
             turns = state.turns[contributors].min()
-            state, logs = train(state, contributors[chosen], t)
-            if distills:
+            state, logs = train_some(state, t)
+            if distills and logs["clients"]:
                 if self.distill_every == "epoch":
                     due = bool(state.turns[contributors].min() > turns)
                 else:
@@ -512,6 +550,27 @@ default=None
         if self.aggregation == "standalone":  # one round, as long as all others together
             settings["n_rounds"] = self.n_rounds
         return settings
+
+    def _read_participation(
+        self, data: Interactions, shards: ClientShards, streams: Streams
+    ) -> Participation | None:
+        found = read_participation(
+            data.clients.ids,
+            shards.client_rows,
+            availability=self.availability,
+            dropout_rate=self.dropout_rate,
+            client_seconds=self.client_seconds,
+            deadline=self.deadline,
+            over_selection=self.over_selection,
+            local_epochs=1 if self.base_model == "mf" else self.local_epochs,
+            streams=streams,
+        )
+        if found is not None and self.aggregation == "standalone":
+            raise ValueError(
+                'aggregation="standalone" has no rounds that a client could miss: leave '
+                "availability, dropout_rate, client_seconds, deadline and over_selection out."
+            )
+        return found
 
     def _groups(
         self, previous: Attributes | None

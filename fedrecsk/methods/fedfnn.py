@@ -104,7 +104,9 @@ class FactorState:
     times_sampled : Tensor of shape (n_users,)
         Rounds in which each user took part.
     turns : ndarray of shape (n_clients,)
-        Rounds of this fit in which each client took part.
+        Rounds of this fit in which each client took part, or had its turn and did not deliver.
+    missed : ndarray of shape (n_clients,), bool
+        Whether each client has missed a turn and kept it, see `Turnout.turns_after`.
     moments, head_moments : Moments
         Of the server optimiser.
     statistics : ServerStatistics
@@ -120,6 +122,7 @@ class FactorState:
     head: Head
     times_sampled: Tensor
     turns: NDArray[np.int64]
+    missed: NDArray[np.bool_]
     moments: Moments
     head_moments: Moments | None
     statistics: whole_data.ServerStatistics
@@ -148,6 +151,7 @@ class FactorState:
             head=head,
             times_sampled=torch.zeros(len(user_factors), device=user_factors.device),
             turns=np.zeros(n_clients, dtype=np.int64),
+            missed=np.zeros(n_clients, dtype=bool),
             moments=init_moments({"item": item_table}, plain),
             head_moments=init_moments(_lifted(head), plain) if head else None,
             statistics=whole_data.ServerStatistics.zero(
@@ -166,6 +170,7 @@ def draw_delegates(
     sampling: SamplingName,
     n_clusters: int,
     streams: Streams,
+    among: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
     """Choose the clients of round t.
 
@@ -182,22 +187,41 @@ def draw_delegates(
         mean user vectors, as FedFast does.
     n_clusters : int
     streams : Streams
+    among : ndarray of int64, optional
+        Clients to choose from, ascending; default: all.
 
     Returns
     -------
     ndarray of shape (size,), int64
+        Ascending.
     """
     rng = streams.numpy("sampling", t)
     if sampling == "uniform":
-        return uniform_cohort(shards.n_clients, size, rng)
+        chosen = uniform_cohort(shards.n_clients if among is None else len(among), size, rng)
+        return chosen if among is None else among[chosen]
     if sampling == "epoch":
-        return epoch_cohort(state.turns, size, rng)
+        chosen = epoch_cohort(state.turns if among is None else state.turns[among], size, rng)
+        return chosen if among is None else among[chosen]
     vectors = state.user_factors[torch.from_numpy(shards.users).to(state.user_factors.device)]
     # A client without rows would have no user; the encoder makes none.
     owner = torch.from_numpy(np.repeat(np.arange(shards.n_clients), shards.client_users))
     means = mean_rows(vectors, owner.to(vectors.device), shards.n_clients)
     labels = cluster_labels(means, n_clusters, streams.key("strata", t))
-    return stratified_cohort(labels, size, rng)
+    if among is None:
+        return stratified_cohort(labels, size, rng)
+    return among[stratified_cohort(labels[among], size, rng)]
+
+
+def bce_download(state: FactorState) -> int:
+    """Bytes that a client is sent in a round of `bce_step`: the item table and what is shared."""
+    n_shared = sum(value.numel() for value in state.head.values())
+    return dense_bytes(tuple(state.item_table.shape), (n_shared,))
+
+
+def whole_data_download(state: FactorState) -> int:
+    """Bytes that a client is sent in a round of `whole_data_step`: the table and its products."""
+    d = state.item_table.shape[1]
+    return dense_bytes(tuple(state.item_table.shape), (d, d))
 
 
 def bce_step(
@@ -361,7 +385,7 @@ def bce_step(
         "loss": sums.losses / sums.n_examples.clamp_min(1),
         "clients": len(delegates),
         "rejected": sums.n_broken,
-        "bytes_down": len(delegates) * dense_bytes(tuple(table.shape), (n_shared,)),
+        "bytes_down": len(delegates) * bce_download(state),
         "bytes_up": sums.n_rows * sparse_row_bytes(1, table.shape[1])
         + len(delegates) * dense_bytes((n_shared,)),
     }
@@ -544,7 +568,7 @@ def whole_data_step(
         "loss": total.loss.double() / max(total.n_rows, 1),
         "clients": len(delegates),
         "rejected": int(add_up(torch.tensor(n_rejected))[0]),
-        "bytes_down": len(delegates) * dense_bytes(tuple(items.shape), (d, d)),
+        "bytes_down": len(delegates) * whole_data_download(state),
         # A row carries the pull on the item, its count and its curvature.
         "bytes_up": sparse_row_bytes(n_rows, width) + len(delegates) * dense_bytes((d, d)),
     }

@@ -58,6 +58,7 @@ from fedrecsk.methods.nested_state import (
     Sizes,
     client_parameters,
     counted_turns,
+    downloads,
     federations,
     lifted,
     table_blocks,
@@ -391,10 +392,10 @@ def _network_logs(
     dual_task: bool,
 ) -> Logs:
     """Count a round's loss and traffic: whole models down, trained rows and predictors up."""
-    held = client_parameters(state, dual_task=dual_task)
+    held, sent = (count(state, dual_task=dual_task) for count in (client_parameters, downloads))
     down, up = 0, sums.n_rows.new_zeros(())
     for x, (group, table) in enumerate(zip(members, state.tables, strict=True)):
-        down += len(group) * dense_bytes((int(held[x]),))
+        down += len(group) * int(sent[x])
         up += sums.n_rows[x] * sparse_row_bytes(1, table.shape[1])
         up += len(group) * dense_bytes((int(held[x]) - table.numel(),))
     return {

@@ -19,6 +19,7 @@ from torch import Tensor
 from fedrecsk.engine.local import Moments, Optimizer, init_moments
 from fedrecsk.engine.parallel import fill_rows, own_part, shares
 from fedrecsk.engine.shards import ClientShards, Cohort
+from fedrecsk.engine.traffic import FLOAT_BYTES
 from fedrecsk.methods.padded_aggregation import slice_of
 from fedrecsk.models.decorrelation import spectrum
 from fedrecsk.models.head import Head, n_weights
@@ -109,7 +110,9 @@ class NestedState:
     head_moments : tuple of Moments
         For each size.
     turns : ndarray of shape (n_clients,)
-        Rounds of this fit in which each client took part.
+        Rounds of this fit in which each client took part, or had its turn and did not deliver.
+    missed : ndarray of shape (n_clients,), bool
+        Whether each client has missed a turn and kept it, see `Turnout.turns_after`.
     private : PrivateModels or None
         Of clients that each train for themselves.
     """
@@ -121,6 +124,7 @@ class NestedState:
     table_moments: tuple[tuple[Moments, ...], ...]
     head_moments: tuple[Moments, ...]
     turns: NDArray[np.int64]
+    missed: NDArray[np.bool_]
     private: PrivateModels | None = None
 
     @classmethod
@@ -177,6 +181,7 @@ class NestedState:
             table_moments=tuple(table_moments),
             head_moments=tuple(init_moments(lifted(h), server_optimizer) for h in heads),
             turns=np.zeros(len(sizes.of_client), dtype=np.int64),
+            missed=np.zeros(len(sizes.of_client), dtype=bool),
         )
 
 
@@ -232,6 +237,17 @@ def client_parameters(state: NestedState, *, dual_task: bool) -> NDArray[np.int6
         return tables
     heads = np.array([n_weights(head) for head in state.heads], dtype=np.int64)
     return tables + (np.cumsum(heads) if dual_task else heads)
+
+
+def downloads(state: NestedState, *, dual_task: bool) -> NDArray[np.int64]:
+    """Count the bytes (n_sizes,) that a client of each size is sent in a round.
+
+    What it holds in common with others; with the whole-data objective, also VᵀV of its columns.
+    """
+    numbers = client_parameters(state, dual_task=dual_task)
+    if not state.heads:
+        numbers += np.array([table.shape[1] ** 2 for table in state.tables], dtype=np.int64)
+    return FLOAT_BYTES * numbers
 
 
 def column_blocks(widths: Sequence[int]) -> list[slice]:

@@ -37,6 +37,7 @@ from fedrecsk.methods.nested_state import (
     Sizes,
     column_blocks,
     counted_turns,
+    downloads,
     federations,
 )
 from fedrecsk.models import whole_data
@@ -99,7 +100,7 @@ def whole_data_step(
     # A GPU would be waited for, unless somebody looks at single uploads anyway.
     looks = uplink is not None or user_factors.device.type == "cpu"
     broken: list[NDArray[np.int64]] = []
-    n_rows = 0
+    n_rows, n_bytes = 0, downloads(state, dual_task=dual_task)
     parts = shares(participants, shards.client_rows[participants])
     for federation in federations(sizes, aggregation):
         table = state.tables[federation[-1]]
@@ -140,7 +141,7 @@ def whole_data_step(
                     logs["rejected"] += n_rejected * (y == place)
             d, n_curvatures = blocks[place].stop, (place + 1) * item_curvature
             n_sent = int(shards.client_items[group].sum())
-            logs["bytes_down"] += len(group) * dense_bytes((shards.n_items, d), (d, d))
+            logs["bytes_down"] += len(group) * int(n_bytes[x])
             # A row carries the pull on the item, its count and its curvatures.
             logs["bytes_up"] += sparse_row_bytes(n_sent, d + 1 + n_curvatures)
             logs["bytes_up"] += len(group) * dense_bytes((d, d))
