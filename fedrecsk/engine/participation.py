@@ -71,7 +71,10 @@ class Turnout:
     waited: float | None
 
     def train(
-        self, state: State, train: Callable[[NDArray[np.int64]], tuple[State, Logs]], sent: int
+        self,
+        state: State,
+        train: Callable[[NDArray[np.int64]], tuple[State, Logs]],
+        sent: int | None = None,
     ) -> tuple[State, Logs]:
         """Run a round with those who deliver; with nobody, the state stays as it is.
 
@@ -80,8 +83,8 @@ class Turnout:
         state
         train : callable
             ``train(clients) -> (state, logs)``.
-        sent : int
-            Bytes that all who were asked are sent.
+        sent : int, optional
+            Bytes that all who were asked are sent; default: what `train` says of its clients.
 
         Returns
         -------
@@ -99,7 +102,9 @@ class Turnout:
             "unavailable": self.unavailable,
         }
         waited = {} if self.waited is None else {"waited": self.waited}
-        return state, {**logs, "bytes_down": sent, **turnout, **waited}
+        if sent is not None:
+            logs = {**logs, "bytes_down": sent}
+        return state, {**logs, **turnout, **waited}
 
     def turns_after(
         self, turns: NDArray[np.int64], missed: NDArray[np.bool_]
@@ -279,10 +284,10 @@ def read_participation(
     *,
     availability: Availability,
     dropout_rate: float,
-    client_seconds: ClientSeconds,
-    deadline: float | None,
-    over_selection: float,
-    local_epochs: int,
+    client_seconds: ClientSeconds = None,
+    deadline: float | None = None,
+    over_selection: float = 0.0,
+    local_epochs: int = 1,
     streams: Streams,
 ) -> Participation | None:
     """Read what a caller says of the clients.
@@ -297,11 +302,11 @@ def read_participation(
         See `Participation`; a float is everybody's probability, and a mapping has one for each
         client id, and may have further ones.
     dropout_rate : float
-    client_seconds : float, mapping, array-like of shape (n_clients,) or None
+    client_seconds : float, mapping, array-like of shape (n_clients,) or None, default=None
         Median seconds that each client takes for one row in one local epoch.
-    deadline : float or None
-    over_selection : float
-    local_epochs : int
+    deadline : float or None, default=None
+    over_selection : float, default=0.0
+    local_epochs : int, default=1
     streams : Streams
 
     Returns
@@ -323,7 +328,7 @@ def read_participation(
     >>> clients = read_participation(
     ...     np.array(["laptop", "phone"]), np.array([100, 20]), availability=0.9,
     ...     dropout_rate=0.0, client_seconds={"laptop": 0.01, "phone": 0.05}, deadline=4.0,
-    ...     over_selection=0.0, local_epochs=5, streams=Streams(0))
+    ...     local_epochs=5, streams=Streams(0))
     >>> clients.availability.tolist(), clients.seconds.tolist()
     ([0.9, 0.9], [5.0, 5.0])
     """

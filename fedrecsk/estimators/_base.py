@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from abc import ABCMeta, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
@@ -54,6 +54,17 @@ SHARED_CONSTRAINTS: Constraints = {
         Interval(Integral, 1, None, closed="left"),
         Interval(Real, 0, 1, closed="right"),
     ],
+    "availability": [
+        Interval(Real, 0, 1, closed="right"),
+        "array-like",
+        Mapping,
+        callable,
+        None,
+    ],
+    "dropout_rate": [Interval(Real, 0, 1, closed="left")],
+    "client_seconds": [Interval(Real, 0, None, closed="neither"), "array-like", Mapping, None],
+    "deadline": [Interval(Real, 0, None, closed="neither"), None],
+    "over_selection": [Interval(Real, 0, None, closed="left")],
     "local_epochs": [Interval(Integral, 1, None, closed="left")],
     "learning_rate": [Interval(Real, 0, None, closed="neither")],
     "batch_size": [Interval(Integral, 1, None, closed="left"), None],
@@ -636,6 +647,24 @@ class RoundWatch:
         parts.append(f"{record['clients']}{of_asked} clients")
         parts.append(f"{record['seconds']:.2f} s")
         print("  ".join(parts), flush=True)
+
+
+def check_somebody_delivered(history: list[Record], *, goes_on: bool) -> None:
+    """Refuse a model that nobody has trained; where a fit goes on, say that it is as before."""
+    if any(record["loss"] is not None for record in history):
+        return
+    asked, dropped, late, unavailable = (
+        sum(record[name] for record in history)
+        for name in ("asked", "dropped", "late", "unavailable")
+    )
+    message = (
+        f"Nobody delivered in any of {len(history)} rounds: {asked} times a client was asked, "
+        f"{dropped} times it dropped out and {late} times it was late; {unavailable} times a "
+        "client was not available. Raise availability, deadline or n_rounds, or lower dropout_rate."
+    )
+    if not goes_on:
+        raise ValueError(message)
+    warnings.warn(f"The model stays as it was. {message}", UserWarning, stacklevel=2)
 
 
 def _seen(data: Interactions) -> Attributes:

@@ -50,7 +50,17 @@ CENTRAL_CONSTRAINTS: Constraints = {
     **{
         name: SHARED_CONSTRAINTS[name]
         for name in SHARED_CONSTRAINTS
-        if name not in {"clients_per_round", "local_epochs", "batch_size"}
+        if name
+        not in {
+            "clients_per_round",
+            "availability",
+            "dropout_rate",
+            "client_seconds",
+            "deadline",
+            "over_selection",
+            "local_epochs",
+            "batch_size",
+        }
     },
     **{
         name: FACTOR_CONSTRAINTS[name]

@@ -6,7 +6,6 @@ round as a function, the rest is the same.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -22,7 +21,12 @@ from fedrecsk.engine.local import Optimizer
 from fedrecsk.engine.rounds import EarlyStopping, Record, run_rounds
 from fedrecsk.engine.shards import ClientShards, concatenate_ranges
 from fedrecsk.engine.streams import Streams
-from fedrecsk.estimators._base import SCORE_K, Attributes, RoundWatch
+from fedrecsk.estimators._base import (
+    SCORE_K,
+    Attributes,
+    RoundWatch,
+    check_somebody_delivered,
+)
 from fedrecsk.exceptions import NoUsableUploadError
 from fedrecsk.methods.fedfnn import FactorState, Logs, served_factors
 from fedrecsk.metrics.ranking import hits_of, ndcg_from_hits, top_k
@@ -349,24 +353,6 @@ def _kept(
         return None
     usable = _largest_score(fitted) < float(np.finfo(np.float32).max)
     return {**fitted, "history_": history} if usable else None
-
-
-def check_somebody_delivered(history: list[Record], *, goes_on: bool) -> None:
-    """Refuse a model that nobody has trained; where a fit goes on, say that it is as before."""
-    if any(record["loss"] is not None for record in history):
-        return
-    asked, dropped, late, unavailable = (
-        sum(record[name] for record in history)
-        for name in ("asked", "dropped", "late", "unavailable")
-    )
-    message = (
-        f"Nobody delivered in any of {len(history)} rounds: {asked} times a client was asked, "
-        f"{dropped} times it dropped out and {late} times it was late; {unavailable} times a "
-        "client was not available. Raise availability, deadline or n_rounds, or lower dropout_rate."
-    )
-    if not goes_on:
-        raise ValueError(message)
-    warnings.warn(f"The model stays as it was. {message}", UserWarning, stacklevel=2)
 
 
 def _largest_score(fitted: Attributes) -> float:

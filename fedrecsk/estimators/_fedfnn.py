@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -75,17 +74,6 @@ FACTOR_CONSTRAINTS: Constraints = {
     "n_graph_layers": [Interval(Integral, 1, None, closed="left")],
     "item_propagation": ["boolean"],
     "sampling": [StrOptions({"uniform", "epoch", "stratified"})],
-    "availability": [
-        Interval(Real, 0, 1, closed="right"),
-        "array-like",
-        Mapping,
-        callable,
-        None,
-    ],
-    "dropout_rate": [Interval(Real, 0, 1, closed="left")],
-    "client_seconds": [Interval(Real, 0, None, closed="neither"), "array-like", Mapping, None],
-    "deadline": [Interval(Real, 0, None, closed="neither"), None],
-    "over_selection": [Interval(Real, 0, None, closed="left")],
     "learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
     "objective": [StrOptions({"whole-data", "bce"})],
     "l2_exponent": [Interval(Real, 0, 1, closed="both")],

@@ -22,6 +22,7 @@ from fedrecsk.data.prompts import Catalogue, catalogue
 from fedrecsk.data.vocabulary import Vocabulary
 from fedrecsk.engine.device import resolve_device, torch_threads
 from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
+from fedrecsk.engine.participation import Availability, read_participation
 from fedrecsk.engine.rounds import EarlyStopping, Record, run_rounds
 from fedrecsk.engine.shards import CPU_CHUNK_ROWS
 from fedrecsk.engine.streams import Streams
@@ -31,6 +32,7 @@ from fedrecsk.estimators._base import (
     Attributes,
     BaseRecommender,
     RoundWatch,
+    check_somebody_delivered,
 )
 from fedrecsk.estimators._language import (
     Ranking,
@@ -56,7 +58,12 @@ from fedrecsk.estimators._platforms import (
     make_platforms,
 )
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
-from fedrecsk.methods.dynamic_balance import ClientWeights, Exponent, SimilarityOn
+from fedrecsk.methods.dynamic_balance import (
+    ClientWeights,
+    Exponent,
+    SimilarityOn,
+    due_clients,
+)
 from fedrecsk.methods.fellrec import (
     AggregationName,
     FELLRecState,
@@ -153,6 +160,13 @@ class FELLRecRecommender(BaseRecommender):
         the fastest has 1. None: all 1, the synchronous method.
     staleness_exponent : float, default=0.5
         An upload that is `a` rounds old weighs ``(1 + a) ** -staleness_exponent``.
+    availability : float, mapping, array-like, callable or None, default=None
+        Chance that a platform is there in a round in which it is due: everybody's, by platform
+        id, or in the order of ``platform_ids_``; or a function ``availability(round,
+        platform_ids)`` that returns a truth value or a chance for each. None: all are there,
+        always. A platform that misses a round keeps its adapter and is mixed into no other.
+    dropout_rate : float in [0, 1), default=0.0
+        Chance that a platform that is there does not deliver.
     client_layers : int, "auto" or None, default=None
         Layers that a client keeps before those of the server; it keeps the last one too. Results
         are the same, and ``history_`` counts what crosses the boundary. ``"auto"``: the fewest
@@ -273,7 +287,9 @@ class FELLRecRecommender(BaseRecommender):
         One a round: ``round, loss, client_losses, seconds, clients, bytes_up, bytes_down,
         similarity, heat, own_weight``, with early stopping ``client_ndcg`` of the present
         adapters and ``validation_ndcg`` of the best so far, with ``client_layers``
-        ``bytes_boundary``.
+        ``bytes_boundary``. Where platforms may miss a round, also how many were ``asked``,
+        ``dropped`` out, and were ``unavailable``; a round that all of them miss changes nothing,
+        and its ``loss`` is None.
     n_rounds_ : int
 
     Raises
@@ -305,7 +321,17 @@ class FELLRecRecommender(BaseRecommender):
         **{
             name: SHARED_CONSTRAINTS[name]
             for name in SHARED_CONSTRAINTS
-            if name not in {"n_factors", "clients_per_round", "batch_size", "l2", "n_negatives"}
+            if name
+            not in {
+                "n_factors",
+                "clients_per_round",
+                "client_seconds",
+                "deadline",
+                "over_selection",
+                "batch_size",
+                "l2",
+                "n_negatives",
+            }
         },
         "backbone": [str, Path, callable, None],
         "backend": [StrOptions({"causal", "encoder"})],
@@ -379,6 +405,8 @@ class FELLRecRecommender(BaseRecommender):
         heating_exponent: Exponent = "t+1/beta",
         client_periods: ArrayLike | None = None,
         staleness_exponent: float = 0.5,
+        availability: Availability = None,
+        dropout_rate: float = 0.0,
         client_layers: int | Literal["auto"] | None = None,
         max_risk: float = 0.5,
         max_history: int = 10,
@@ -437,6 +465,8 @@ class FELLRecRecommender(BaseRecommender):
         self.heating_exponent = heating_exponent
         self.client_periods = client_periods
         self.staleness_exponent = staleness_exponent
+        self.availability = availability
+        self.dropout_rate = dropout_rate
         self.client_layers = client_layers
         self.max_risk = max_risk
         self.max_history = max_history
@@ -629,8 +659,17 @@ class FELLRecRecommender(BaseRecommender):
         first_round = 0 if previous is None else int(previous["n_rounds_"])
         train = self._local_training(model, sampler, counts, ranking, streams, first_round)
         periods = check_periods(self.client_periods, n_clients, model.device)
+        participation = read_participation(
+            platforms.ids,
+            sampler.n_examples(),
+            availability=self.availability,
+            dropout_rate=self.dropout_rate,
+            streams=streams,
+        )
 
-        def step(state: FELLRecState, t: int) -> tuple[FELLRecState, Record]:
+        def train_some(
+            state: FELLRecState, t: int, delivers: Tensor | None = None
+        ) -> tuple[FELLRecState, Record]:
             before = bytes_crossed(model)
             state, logs = fellrec_step(
                 state,
@@ -650,6 +689,7 @@ class FELLRecRecommender(BaseRecommender):
                 heating_temperature=self.heating_temperature,
                 heating_exponent=self.heating_exponent,
                 staleness_exponent=self.staleness_exponent,
+                delivers=delivers,
             )
             if model.split is not None:
                 crossed = torch.tensor(bytes_crossed(model) - before)
@@ -661,6 +701,19 @@ class FELLRecRecommender(BaseRecommender):
                 state = keep_best(state, values[0])
                 logs["client_ndcg"] = values[0].tolist()
             return state, logs
+
+        def step(state: FELLRecState, t: int) -> tuple[FELLRecState, Record]:
+            if participation is None:
+                return train_some(state, t)
+            due = np.flatnonzero(due_clients(t, periods).cpu().numpy())
+            turnout = participation.of_round(t, n_clients, lambda there, n: there, due)
+
+            def train_delivered(clients: IntArray) -> tuple[FELLRecState, Record]:
+                delivers = torch.zeros_like(periods, dtype=torch.bool)
+                delivers[torch.from_numpy(clients).to(delivers.device)] = True
+                return train_some(state, t, delivers)
+
+            return turnout.train(state, train_delivered)
 
         state = FELLRecState.start(start, aggregation=self.aggregation)
         stopping = None
@@ -696,6 +749,7 @@ class FELLRecRecommender(BaseRecommender):
             on_round_begin=watch.begin,
             on_round_end=round_ended,
         )
+        check_somebody_delivered(result.history, goes_on=previous is not None)
         return self._serving(result.state), result.history, ranking
 
     def _serving(self, state: FELLRecState) -> Adapters:

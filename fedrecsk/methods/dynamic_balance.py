@@ -42,7 +42,7 @@ the adapters' type: clients that agree stay as they are, to the last bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -449,6 +449,14 @@ class Uploads:
             starts=_choose(due, start, self.starts),
             losses=torch.where(due, losses.double(), self.losses),
             moments=torch.where(due, t, self.moments),
+        )
+
+    def without(self, clients: Tensor) -> Uploads:
+        """Return the uploads as if those of a mask (C,) had made none: nobody mixes them in."""
+        return replace(
+            self,
+            losses=self.losses.masked_fill(clients, -torch.inf),
+            moments=self.moments.masked_fill(clients, -1),
         )
 
 

@@ -109,6 +109,7 @@ def fellrec_step(
     heating_temperature: float,
     heating_exponent: Exponent,
     staleness_exponent: float,
+    delivers: Tensor | None = None,
 ) -> tuple[FELLRecState, Logs]:
     """Run one round: local training of the clients that are due, then the mixing.
 
@@ -132,6 +133,9 @@ def fellrec_step(
     proximal : float
         Pull of local training to where it started; with ``"ditto"``, of the personal adapter to
         the shared one.
+    delivers : Tensor of shape (C,), bool, optional
+        Clients that deliver if they are due, one at least; default: all. One that is due and does
+        not keeps what it had, and the others mix in nothing of it in this round.
 
     Returns
     -------
@@ -140,7 +144,9 @@ def fellrec_step(
         ``loss`` over all examples of the clients that were due, ``client_losses``, ``clients``,
         ``bytes_up``, ``bytes_down``, and what the balance says.
     """
-    due = due_clients(t, periods)
+    due, heard = due_clients(t, periods), state.uploads
+    if delivers is not None:
+        heard, due = heard.without(due & ~delivers), due & delivers
     clients = due.nonzero().flatten()
     averaged = aggregation in ("fedavg", "ditto")
     start = state.shared if aggregation == "ditto" else state.adapters
@@ -166,7 +172,7 @@ def fellrec_step(
         temperature=heating_temperature,
         exponent=heating_exponent,
         due=due,
-        uploads=state.uploads,
+        uploads=heard,
         staleness_exponent=staleness_exponent,
     )
     uploads = state.uploads.updated(_among(start, trained, clients), start, reported, due, t)

@@ -252,3 +252,53 @@ def test_tensors_in_the_logs_are_read_when_the_round_is_over():
 def test_a_loss_that_is_a_tensor_ends_a_fit_that_diverges():
     with pytest.raises(FloatingPointError, match="round 1"):
         run_rounds(lambda s, t: (s, {"loss": torch.tensor(torch.nan)}), 0, n_rounds=2)
+
+
+# ---------------------------------------------------------------- rounds without anybody
+
+
+def idle_at(*numbers):
+    """Steps that count up, but in rounds of these numbers, in which nobody trains."""
+
+    def step(state, t):
+        if t + 1 in numbers:
+            return state, {"loss": None}
+        return state + 1, {"loss": 1.0 / (t + 1)}
+
+    return step
+
+
+@pytest.mark.parametrize("n_done", range(7))
+def test_rounds_in_which_nobody_trains_are_counted(n_done):
+    saved = []
+    whole = run_rounds(idle_at(1, 4), 0, n_rounds=6, save=saved.append)
+    assert whole.state == 4
+    assert [record["loss"] for record in whole.history] == [None, 1 / 2, 1 / 3, None, 1 / 5, 1 / 6]
+    past = saved[n_done - 1] if n_done else None
+    again = run_rounds(idle_at(1, 4), 0, n_rounds=6, past=past)
+    assert again.state == whole.state
+    assert without_seconds(again.history) == without_seconds(whole.history)
+
+
+@pytest.mark.parametrize("n_done", range(5))
+def test_the_first_loss_bounds_the_others_whenever_it_comes(n_done):
+    losses = [None, None, 0.01, None, 1.5]
+    saved = []
+
+    def step(state, t):
+        return state, {"loss": losses[t]}
+
+    run_rounds(step, None, n_rounds=4, save=saved.append)
+    past = saved[n_done - 1] if n_done else None
+    with pytest.raises(FloatingPointError, match="round 5"):
+        run_rounds(step, None, n_rounds=5, past=past)
+    losses[4] = 0.9
+    assert len(run_rounds(step, None, n_rounds=5, past=past).history) == 5
+
+
+def test_early_stopping_waits_for_rounds_in_which_somebody_trains():
+    values = [0.5, 0.4, 0.3, 0.9]
+    result = run_rounds(idle_at(1, 3, 4), 0, n_rounds=9, early_stopping=stopping(values))
+    found = [record["validation_ndcg"] for record in result.history]
+    assert found == [None, 0.5, None, None, 0.4, 0.3]
+    assert result.state == 1

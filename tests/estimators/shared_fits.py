@@ -22,6 +22,15 @@ X, _ = make_interactions(200, 40, random_state=0, return_X_y=True)
 PLATFORMS = X[:, 0] % 5
 FACTORS = {"n_factors": 4, "n_rounds": 6, "random_state": 0}
 FEW, MOST = FACTORS | {"n_rounds": 3}, FACTORS | {"clients_per_round": 0.8}
+
+
+def there_in_the_first(number, client_ids):
+    """What process 0 says: of every three clients two are there, others in each round."""
+    there = (client_ids + number) % 3 > 0
+    return there if os.environ.get("RANK", "0") == "0" else ~there
+
+
+FAULTS = {"availability": there_in_the_first, "dropout_rate": 0.2, "over_selection": 0.2}
 SIZES = {
     "sizes": (2, 4),
     "group_ratio": (1, 1),
@@ -34,6 +43,10 @@ FITS = {
     "whole-data": (FedFNNRecommender(**FACTORS), None),
     "whole-data, platforms": (FedFNNRecommender(**MOST, early_stopping=True), PLATFORMS),
     "predictions": (FedFNNRecommender(**FACTORS, refit=False), None),
+    "whole-data, faults": (
+        FedFNNRecommender(**MOST, **FAULTS, client_seconds=0.1, deadline=2.0),
+        None,
+    ),
     "bce, newton": (FedFNNRecommender(**FACTORS, objective="bce"), None),
     "bce, adam": (FedFNNRecommender(**FACTORS, objective="bce", server_optimizer="adam"), None),
     "bce, platforms": (FedFNNRecommender(**MOST, objective="bce"), PLATFORMS),
@@ -42,6 +55,7 @@ FITS = {
     "sizes, mf": (HeteFedRecRecommender("mf", **SIZES), None),
     "sizes, dual task": (HeteFedRecRecommender("mf", **SIZES, dual_task=True), None),
     "sizes, ncf": (HeteFedRecRecommender("ncf", **SIZES), None),
+    "sizes, faults": (HeteFedRecRecommender("mf", **SIZES, **FAULTS), None),
     "sizes, apart": (HeteFedRecRecommender("ncf", **SIZES, aggregation="standalone"), None),
     "centralised": (CentralizedRecommender(**FACTORS), None),
     "fellrec": (
@@ -87,7 +101,9 @@ def arrays_of(estimator):
     }
     for name, value in getattr(estimator, "adapters_", {}).items():
         found[f"adapters_ {name}"] = value
-    for name in ("loss", "clients", "bytes_up", "bytes_down", "validation_ndcg"):
+    for name in (
+        "loss", "clients", "bytes_up", "bytes_down", "validation_ndcg", "asked", "late", "waited"
+    ):  # fmt: skip
         values = [record[name] for record in estimator.history_ if name in record]
         found[f"history_ {name}"] = np.array(values)
     found["predict"] = estimator.predict(X)

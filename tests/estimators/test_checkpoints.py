@@ -24,6 +24,13 @@ from fedrecsk import (
 from fedrecsk.model_selection import PerUserHoldout
 
 N_ROUNDS = 5
+
+
+def away_at_first(number, client_ids):
+    """Nobody is there in the first round, and a half in each of the others."""
+    return np.full(len(client_ids), 0.5 * (number > 1))
+
+
 FAST = {"n_factors": 4, "n_rounds": N_ROUNDS, "random_state": 0, "device": "cpu"}
 SIZES = {"sizes": (2, 4), "group_ratio": (1, 1), **FAST}
 SIZES.pop("n_factors")
@@ -50,11 +57,20 @@ VARIANTS = {
     "fedavg-ncf": FedAvgRecommender("ncf", **FAST, server_optimizer="adam", local_epochs=1),
     "fedavg-lightgcn": FedAvgRecommender("lightgcn", **FAST, local_epochs=1),
     "fedfast": FedFastRecommender(**FAST, n_clusters=2, server_optimizer="adam"),
+    "fedfnn-faults": clone(FEDFNN).set_params(
+        dropout_rate=0.3, over_selection=0.3, client_seconds=0.1, deadline=1.0
+    ),
+    "fedavg-faults": FedAvgRecommender(
+        **FAST, availability=away_at_first, sampling="epoch", **STOPPING
+    ),
     "centralized-whole-data": CentralizedRecommender(**FAST),
     "centralized-bce": CentralizedRecommender(**FAST, objective="bce", **STOPPING),
     "centralized-ncf": CentralizedRecommender("ncf", **FAST, optimizer="momentum"),
     "hetefedrec-mf": HeteFedRecRecommender(**SIZES, **STOPPING),
     "hetefedrec-clustered": HeteFedRecRecommender(**SIZES, aggregation="clustered"),
+    "hetefedrec-faults": clone(NCF_SIZES).set_params(
+        availability=away_at_first, dropout_rate=0.3, distill_every="epoch"
+    ),
     "hetefedrec-distilled": NCF_SIZES,
     "hetefedrec-distilled-stopping": clone(NCF_SIZES).set_params(**STOPPING),
 }  # fmt: skip
@@ -98,6 +114,7 @@ FELLREC = {
     "stopping": {"early_stopping": True, "n_iter_no_change": 3},
     "ditto": {"aggregation": "ditto", "proximal": 0.1},
     "slow clients": {"client_periods": [1, 2, 3], "learning_rate": 0.1},
+    "faults": {"availability": away_at_first, "dropout_rate": 0.1, "learning_rate": 0.1},
 }
 
 

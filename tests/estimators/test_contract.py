@@ -429,6 +429,11 @@ SHARED_BAD = {
     "n_factors": 0,
     "n_rounds": 0.5,
     "clients_per_round": 1.5,
+    "availability": 0.0,
+    "dropout_rate": 1.0,
+    "client_seconds": -1,
+    "deadline": 0.0,
+    "over_selection": -0.1,
     "local_epochs": 0,
     "learning_rate": 0,
     "batch_size": 0,
@@ -510,6 +515,11 @@ BAD = {
         if name
         not in {
             "clients_per_round",
+            "availability",
+            "dropout_rate",
+            "client_seconds",
+            "deadline",
+            "over_selection",
             "local_epochs",
             "batch_size",
             "item_curvature",
@@ -547,6 +557,8 @@ BAD = {
         if name
         in {
             "n_rounds",
+            "availability",
+            "dropout_rate",
             "local_epochs",
             "learning_rate",
             "batch_size",
