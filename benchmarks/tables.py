@@ -1,8 +1,8 @@
-"""Rewrite the tables of the READMEs and of docs/scale.md from the JSON that the scripts wrote.
+"""Rewrite the tables of the READMEs and of pages in docs from the JSON that the scripts wrote.
 
 A table stands between ``<!-- name -->`` and ``<!-- /name -->``; `SECTIONS` (benchmarks/README.md),
-`SUMMARIES` (README.md) and `OF_SCALE` (docs/scale.md) say which. A place stays as it is while there
-is no result for it.
+`SUMMARIES` (README.md), `OF_SCALE` (docs/scale.md) and `OF_ROBUST` (docs/robust.md) say which. A
+place stays as it is while there is no result for it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import _convergence_report as convergence
 import _sizes_report as sizes
 import accuracy
+import faults
 import fedfnn_cost as cost
 import fedfnn_sensitivity as sensitivity
 import fedfnn_streaming as streaming
@@ -308,6 +309,15 @@ def scale_summary(report: Report) -> str:
     return markdown(*scale.summary(report))
 
 
+def faults_section(report: Report) -> str:
+    """Tables of every data set: who is there and delivers, and who is in time."""
+    parts = [origin(report)]
+    for name, result in report["data"].items():
+        for heading, header, rows in faults.tables_of(result["rows"]):
+            parts += [f"**{name}, {heading}**, NDCG@20", markdown(header, rows)]
+    return "\n\n".join([*parts, *goals(report)])
+
+
 SECTIONS: Places = {
     "accuracy": ("accuracy", accuracy_section),
     "cohort_speed": ("cohort_speed", cohort_speed_section),
@@ -333,6 +343,7 @@ SUMMARIES: Places = {
 }
 
 OF_SCALE: Places = {"scale": ("scale", scale_summary)}
+OF_ROBUST: Places = {"faults": ("faults", faults_section)}
 
 
 def origin(report: Report) -> str:
@@ -396,6 +407,7 @@ def main() -> int:
         (HERE / "README.md", SECTIONS),
         (HERE.parent / "README.md", SUMMARIES),
         (HERE.parent / "docs" / "scale.md", OF_SCALE),
+        (HERE.parent / "docs" / "robust.md", OF_ROBUST),
     ):
         readme.write_text(rewrite(readme.read_text(), reports, places))
     return 0

@@ -36,7 +36,7 @@ sizes, sizes_report = script("hetefedrec_sizes"), script("_sizes_report")
 balance = script("fellrec_balance")
 split = script("fellrec_split")
 round_profile, other_engines = script("round_profile"), script("other_engines")
-scale = script("scale")
+scale, faults = script("scale"), script("faults")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def data():
 @pytest.fixture
 def only_tiny(monkeypatch, data):
     """Let every script load the tiny data."""
-    for module in (accuracy, cohort_speed, convergence, other_engines, round_profile, sizes):
+    modules = accuracy, cohort_speed, convergence, faults, other_engines, round_profile, sizes
+    for module in modules:
         monkeypatch.setattr(module, "load", lambda paths, quick: [data])
 
 
@@ -1378,6 +1379,58 @@ def test_scale_measures_one_point_when_asked_to(capsys):
     assert {name: row[name] for name in vars(point)} == vars(point)
     with pytest.raises(SystemExit, match="drop --data"):
         scale.main(["--data", "ml-100k"])
+
+
+# ------------------------------------------------------------------- faults
+
+
+def test_faults_make_slow_clients_of_those_with_much_to_train():
+    rows = np.random.default_rng(0).zipf(1.7, 2_000).clip(max=500)
+    made = faults.Federation.of(np.column_stack([np.repeat(np.arange(2_000), rows)] * 2), seed=1)
+    assert made.users.tolist() == list(range(2_000))
+    assert made.rows.tolist() == rows.tolist()
+    slow = np.array([made.groups[user] == "slow" for user in range(2_000)])
+    assert slow.mean() == pytest.approx(1 - faults.IN_TIME, abs=1e-3)
+    np.testing.assert_array_equal(slow, made.seconds * rows > 1)
+    found = np.corrcoef(np.log(rows), np.log(made.seconds))[0, 1]
+    assert found == pytest.approx(faults.SPEED_CORRELATION, abs=0.05)
+    again = faults.Federation.of(np.column_stack([np.repeat(np.arange(2_000), rows)] * 2), seed=1)
+    assert again.seconds.tolist() == made.seconds.tolist()
+
+
+def test_faults_know_the_hours():
+    hours, day = np.array([0, 12, 23]), range(24, 48)
+    there = np.array([faults.Clock(hours, 8)(number, hours) for number in day])
+    assert there.sum(axis=0).tolist() == [8] * 3
+    assert there[:, 2].nonzero()[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 23]
+    federation = faults.Federation(np.arange(4), np.array([9, 1, 5, 2]), np.ones(4), np.zeros(4))
+    clock = faults.day_and_night(federation)
+    assert clock(3, federation.users).tolist() == [True, False, True, False]
+    assert clock(12, federation.users).tolist() == [False, True, False, True]
+
+
+def test_faults_run_and_write(only_tiny, monkeypatch, tmp_path, capsys):
+    names = [faults.RELIABLE, faults.RANDOM, "the same 8 hours for all", "deadline"]
+    monkeypatch.setattr(faults, "CASES", {name: faults.CASES[name] for name in names})
+    out = tmp_path / "faults.json"
+    assert faults.main(["--quick", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    rows = report["data"]["tiny"]["rows"]
+    assert [row["case"] for row in rows] == names * 2
+    for reliable, dropped, away, late in (rows[:4], rows[4:]):
+        assert reliable["asked"] == reliable["clients"] == dropped["asked"] == [8.0]
+        assert dropped["clients"][0] < 7
+        assert away["idle"][0] == pytest.approx(16 / 26)
+        assert late["late"][0] > 0
+        assert late["waited"][0] <= 1 < reliable["waited"][0]
+    text = tables.rewrite("<!-- faults -->\n<!-- /faults -->", {"faults": report}, tables.OF_ROBUST)
+    assert f"| 30% drop out | {rows[1]['ndcg@20'][0]:.4f} ± 0.0000 |" in text
+    assert "**tiny, FedFNN: who is in time**" in text
+    assert "62%" in capsys.readouterr().out
+    (kept, lost) = faults.goals_of(
+        "x", [row | {"ndcg@20": [0.5 if row["case"] != faults.RANDOM else 0.48]} for row in rows]
+    )
+    assert kept.value == lost.value == 0.96
 
 
 # ------------------------------------------------------------------- tables
