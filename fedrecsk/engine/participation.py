@@ -267,8 +267,8 @@ class Participation:
         luck = self._uniform("arrival", t, clients)
         if self.seconds is None:
             return luck
-        # In the middle of the last bit, as the normal quantile of 0 is infinite.
-        noise: NDArray[np.float64] = np.exp(SPREAD * ndtri(luck + 2.0**-54))
+        # The normal quantile of 0 is infinite.
+        noise: NDArray[np.float64] = np.exp(SPREAD * ndtri(np.maximum(luck, 2.0**-54)))
         return self.seconds[clients] * noise
 
     def _uniform(self, name: str, t: int, clients: NDArray[np.int64]) -> NDArray[np.float64]:

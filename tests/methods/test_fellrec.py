@@ -428,3 +428,71 @@ def test_a_start():
     assert state.best_value.tolist() == [-np.inf] * 2
     assert isinstance(state.uploads, Uploads)
     assert state.uploads.moments.tolist() == [-1, -1]
+
+
+# ---------------------------------------------------------------- clients that do not deliver
+
+
+def drift(adapters, clients, anchor, proximal, t):
+    """Local training that needs no model: every client goes its own way."""
+    moved = {
+        name: value + 0.1 * (t + 1) * torch.sin(clients + 1.0)[:, None, None]
+        for name, value in adapters.items()
+    }
+    return moved, 0.5 + 0.02 * clients.float()
+
+
+def those_of(state, clients):
+    """The federation of some clients alone."""
+    uploads = Uploads(
+        select(state.uploads.adapters, clients),
+        select(state.uploads.starts, clients),
+        state.uploads.losses[clients],
+        state.uploads.moments[clients],
+    )
+    adapters = select(state.adapters, clients)
+    shared = select(state.shared, clients) if state.shared else {}
+    return FELLRecState(adapters, shared, uploads, adapters, state.best_value[clients])
+
+
+@pytest.mark.parametrize("aggregation", ["fellrec", "fedavg", "ditto", "local"])
+def test_a_client_that_does_not_deliver_is_as_if_it_were_not_there(aggregation):
+    counts = torch.tensor([30.0, 10.0, 20.0])
+    generator = torch.Generator().manual_seed(0)
+    start = {
+        f"q.lora_{side}": torch.randn(1, *shape, generator=generator).repeat(3, 1, 1)
+        for side, shape in {"A": (2, 5), "B": (4, 2)}.items()
+    }
+
+    def step(state, t, n_examples, train=drift, **more):
+        arguments = {"train": train, "n_examples": n_examples, "aggregation": aggregation}
+        periods = torch.ones(len(n_examples), dtype=torch.int64)
+        return fellrec_step(state, t, periods=periods, **arguments, **BALANCE, **more)[0]
+
+    everybody = torch.ones(3, dtype=torch.bool)
+    state = step(FELLRecState.start(start, aggregation=aggregation), 0, counts, delivers=everybody)
+    plain = step(FELLRecState.start(start, aggregation=aggregation), 0, counts)
+    for name, value in flat_parts(state).items():
+        assert torch.equal(value, flat_parts(plain)[name])
+
+    others = torch.tensor([0, 2])
+    two = step(
+        those_of(state, others),
+        1,
+        counts[others],
+        train=lambda adapters, clients, *more: drift(adapters, others[clients], *more),
+    )
+    three = step(state, 1, counts, delivers=torch.tensor([True, False, True]))
+    for name, value in flat_parts(those_of(three, others)).items():
+        torch.testing.assert_close(value, flat_parts(two)[name])
+    for name, value in flat_parts(those_of(three, torch.tensor([1]))).items():
+        assert torch.equal(value, flat_parts(those_of(state, torch.tensor([1])))[name]), name
+    # It is back in the next round.
+    again = step(three, 2, counts, delivers=everybody)
+    assert again.uploads.moments.tolist() == [2, 2, 2]
+
+
+def flat_parts(state):
+    """Name what a state holds of its clients."""
+    parts = {"adapters": state.adapters, "shared": state.shared, "sent": state.uploads.adapters}
+    return {f"{part} {name}": value for part, own in parts.items() for name, value in own.items()}
