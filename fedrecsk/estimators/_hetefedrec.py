@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fedrecsk.data.interactions import Interactions
+from fedrecsk.engine.attacks import AttackName
+from fedrecsk.engine.defences import DefenceName
 from fedrecsk.engine.device import resolve_device, torch_threads
 from fedrecsk.engine.local import Optimizer, OptimizerName
 from fedrecsk.engine.participation import (
@@ -25,6 +27,7 @@ from fedrecsk.engine.participation import (
 from fedrecsk.engine.sampling import cohort_size, epoch_cohort, uniform_cohort
 from fedrecsk.engine.shards import CPU_CHUNK_ROWS, ClientShards, Cohort
 from fedrecsk.engine.streams import Streams
+from fedrecsk.engine.uplink import Uplink
 from fedrecsk.estimators._base import Attributes, BaseRecommender, RoundWatch
 from fedrecsk.estimators._factors import hold_out, make_shards
 from fedrecsk.estimators._fedfnn import FACTOR_CONSTRAINTS, factor_probability
@@ -36,6 +39,7 @@ from fedrecsk.estimators._nested import (
 )
 from fedrecsk.estimators._sizes import assign_sizes
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
+from fedrecsk.estimators._uplink import Distrust, distrust
 from fedrecsk.methods.hetefedrec import ClientWeights, distillation_step, network_step
 from fedrecsk.methods.nested_state import (
     SPECTRUM,
@@ -174,6 +178,15 @@ default=None
         "auto": 0.1 with ``"adam"``, otherwise 1; for ``"mf"`` it follows from the participation.
     refit : bool, default=True
         Whether every user fits its own vector to the final model before inference.
+    defence : {"clip", "median", "trimmed-mean", "krum", "multi-krum"} or None, default=None
+        How the server adds up what clients of one size send, see `FedFNNRecommender`.
+    assumed_malicious : float in [0, 0.5), default=0.1
+    clip_quantile : float in (0, 1], default=0.9
+    malicious_fraction : float in [0, 1), default=0.0
+    attack : str, default="gradient"
+    attack_strength : float, default=10.0
+    target_item : item id, default=None
+        As in `FedFNNRecommender`. Clients that are alone send nothing.
     report_every : int or None, default=1
         Rounds between two looks at the spectrum of the widest table in ``history_``; None: none.
     min_rating : float or None, default=None
@@ -232,6 +245,9 @@ default=None
     private_indptr_, private_items_, private_rows_, private_networks_ : ndarray
         With ``aggregation="standalone"``: where each client's own rows start, (n_clients + 1,);
         their items, (K,), vectors and bias, (K, N_l + 1); each client's predictor. Else empty.
+    malicious_client_ids_ : ndarray
+    target_item_ : item id or None
+        As in `FedFNNRecommender`.
     history_ : list of dict
         One record a round: ``round, loss, clients, bytes_down, bytes_up, seconds``; with
         networks and distillation ``distillation_loss``; every `report_every` rounds
@@ -338,6 +354,13 @@ default=None
         server_optimizer: OptimizerName = "adam",
         server_learning_rate: float | Literal["auto"] = "auto",
         refit: bool = True,
+        defence: DefenceName | None = None,
+        assumed_malicious: float = 0.1,
+        clip_quantile: float = 0.9,
+        malicious_fraction: float = 0.0,
+        attack: AttackName = "gradient",
+        attack_strength: float = 10.0,
+        target_item: Any = None,
         report_every: int | None = 1,
         min_rating: float | None = None,
         early_stopping: bool = False,
@@ -389,6 +412,13 @@ default=None
         self.server_optimizer = server_optimizer
         self.server_learning_rate = server_learning_rate
         self.refit = refit
+        self.defence = defence
+        self.assumed_malicious = assumed_malicious
+        self.clip_quantile = clip_quantile
+        self.malicious_fraction = malicious_fraction
+        self.attack = attack
+        self.attack_strength = attack_strength
+        self.target_item = target_item
         self.report_every = report_every
         self.min_rating = min_rating
         self.early_stopping = early_stopping
@@ -413,7 +443,8 @@ default=None
         validation = None
         if self.early_stopping:
             rows, validation = hold_out(data, self.validation_fraction, streams)
-        shards = make_shards(data, rows, device)
+        around = self._distrust(data, streams)
+        shards = make_shards(around.data, rows, device)
         participation = self._read_participation(data, shards, streams)
         group_sizes, group_ratio = self._groups(previous)
         assignment = assign_sizes(
@@ -468,9 +499,9 @@ default=None
         if alone:
             n_participants = len(contributors)
         train, fit = (
-            self._of_network(shards, sizes, streams, dual_task=dual_task)
+            self._of_network(shards, sizes, streams, around.uplink, dual_task=dual_task)
             if network
-            else self._of_whole_data(data, shards, sizes, contributors)
+            else self._of_whole_data(data, shards, sizes, contributors, around.uplink)
         )
         # Distillation would join what clustered federations keep apart.
         distills = self.aggregation == "padded" and several and self._distill_fraction > 0
@@ -527,7 +558,7 @@ default=None
             return refit_users(state, shards, fitted, sizes=sizes, fit=fit)
 
         with torch_threads(CPU_CHUNK_ROWS * sizes.widths[-1]):
-            return fit_nested(
+            fitted = fit_nested(
                 data,
                 watch,
                 step=step,
@@ -544,6 +575,27 @@ default=None
                 n_iter_no_change=self.n_iter_no_change,
                 tol=self.tol,
             )
+        return {**fitted, **around.fitted}
+
+    def _distrust(self, data: Interactions, streams: Streams) -> Distrust:
+        """Draw who is dishonest, and bind what happens to uploads."""
+        around = distrust(
+            data,
+            streams,
+            defence=self.defence,
+            assumed_malicious=self.assumed_malicious,
+            clip_quantile=self.clip_quantile,
+            malicious_fraction=self.malicious_fraction,
+            attack=self.attack,
+            attack_strength=self.attack_strength,
+            target_item=self.target_item,
+        )
+        if around.uplink is not None and self.aggregation == "standalone":
+            raise ValueError(
+                'aggregation="standalone" sends nothing that could be attacked or defended: leave '
+                "defence=None and malicious_fraction=0."
+            )
+        return around
 
     def _settings(self) -> Attributes:
         settings = super()._settings()
@@ -628,7 +680,13 @@ default=None
         return Optimizer(self.server_optimizer, rate)
 
     def _of_network(
-        self, shards: ClientShards, sizes: Sizes, streams: Streams, *, dual_task: bool
+        self,
+        shards: ClientShards,
+        sizes: Sizes,
+        streams: Streams,
+        uplink: Uplink | None,
+        *,
+        dual_task: bool,
     ) -> tuple[Train, FitUsers]:
         """Bind the parameters of a network's rounds, and of how its users fit their vectors."""
         l2 = _or(self.l2, AUTO_L2)
@@ -676,6 +734,7 @@ default=None
                 optimizer=optimizer,
                 l2=l2,
                 server_optimizer=self._server_optimizer,
+                uplink=uplink,
                 in_place=not self.early_stopping,
             )
 
@@ -702,6 +761,7 @@ default=None
         shards: ClientShards,
         sizes: Sizes,
         contributors: NDArray[np.int64],
+        uplink: Uplink | None,
     ) -> tuple[Train, FitUsers]:
         """Bind the parameters of whole-data rounds, and of how users solve for their vectors."""
         shape = len(data), data.n_users, data.n_items
@@ -727,6 +787,7 @@ default=None
                 decay=STATISTICS_DECAY,
                 item_curvature=self.item_curvature,
                 contributors=contributors,
+                uplink=uplink,
                 in_place=not self.early_stopping,  # which may want an earlier state back
             )
 

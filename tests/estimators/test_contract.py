@@ -531,7 +531,9 @@ BAD = {
     | {"model": "svd", "batch_users": 0},
     FedAvgRecommender: SHARED_BAD | UPLINK_BAD | {"model": "svd", "sampling": "all"},
     HeteFedRecRecommender: {
-        name: value for name, value in SHARED_BAD.items() if name not in {"n_factors", "objective"}
+        name: value
+        for name, value in (SHARED_BAD | UPLINK_BAD).items()
+        if name not in {"n_factors", "objective"}
     }
     | {
         "base_model": "svd",

@@ -10,6 +10,7 @@ from fedrecsk import (
     FedAvgRecommender,
     FedFastRecommender,
     FedFNNRecommender,
+    HeteFedRecRecommender,
     NoUsableUploadError,
 )
 from fedrecsk.datasets import make_interactions
@@ -23,6 +24,14 @@ KINDS = {
     "fedfnn": FedFNNRecommender(**FAST, n_rounds=12, clients_per_round=0.5),
     "fedfnn bce": FedFNNRecommender(**FAST, n_rounds=12, clients_per_round=0.5, objective="bce"),
     "fedfast": FedFastRecommender(**FAST, n_rounds=12, clients_per_round=0.5),
+    "hetefedrec": HeteFedRecRecommender(
+        sizes=(4, 8),
+        group_ratio=(1, 1),
+        n_rounds=12,
+        clients_per_round=0.5,
+        random_state=0,
+        device="cpu",
+    ),
     "ncf": FedAvgRecommender("ncf", **FAST, n_rounds=6, clients_per_round=0.5),
 }
 PROMOTIONS = ["gradient", "random", "bandwagon"]
@@ -35,7 +44,7 @@ def split():
     return X[train], X[test]
 
 
-@pytest.mark.parametrize("kind", ["fedavg", "fedfnn", "fedfnn bce", "fedfast"])
+@pytest.mark.parametrize("kind", ["fedavg", "fedfnn", "fedfnn bce", "fedfast", "hetefedrec"])
 def test_a_defence_against_nobody_that_clips_nothing_changes_nothing(kind, split):
     plain = clone(KINDS[kind]).fit(split[0])
     clipped = clone(KINDS[kind]).set_params(defence="clip", clip_quantile=1.0).fit(split[0])
@@ -48,7 +57,7 @@ def test_a_defence_against_nobody_that_clips_nothing_changes_nothing(kind, split
     assert {record["rejected"] for record in plain.history_} == {0}
 
 
-@pytest.mark.parametrize("kind", ["fedavg", "fedfnn", "fedfnn bce", "ncf"])
+@pytest.mark.parametrize("kind", ["fedavg", "fedfnn", "fedfnn bce", "ncf", "hetefedrec"])
 def test_clients_that_send_what_is_not_a_number_are_dropped_and_counted(kind, split):
     model = clone(KINDS[kind]).set_params(malicious_fraction=0.2, attack="nan").fit(split[0])
     rejected = [record["rejected"] for record in model.history_]
@@ -119,6 +128,12 @@ def test_the_last_good_state_is_kept_if_no_upload_of_a_round_can_be_used(split, 
     shorter = clone(model).set_params(n_rounds=3).fit(split[0])
     assert (model.item_factors_ == shorter.item_factors_).all()
     assert (model.predict(split[1]) == shorter.predict(split[1])).all()
+
+
+def test_clients_that_are_alone_have_nothing_to_defend(split):
+    model = HeteFedRecRecommender("ncf", aggregation="standalone", n_rounds=1, defence="clip")
+    with pytest.raises(ValueError, match="sends nothing that could be attacked or defended"):
+        model.fit(split[0])
 
 
 def test_the_error_survives_another_process():
