@@ -112,8 +112,10 @@ def goals_of(name: str, rows: Sequence[dict[str, Any]]) -> list[Goal]:
     return goals
 
 
-def table(rows: Sequence[dict[str, Any]], method: str, key: str) -> str:
-    """Lay out attacks by defences."""
+def table_of(
+    rows: Sequence[dict[str, Any]], method: str, key: str
+) -> tuple[list[str], list[list[str]]]:
+    """Lay out attacks by defences: the header, and the lines."""
     cells = {(row["attack"], row["defence"]): row[key] for row in rows if row["method"] == method}
     defences = list(dict.fromkeys(defence for _, defence in cells))
     lines = []
@@ -121,7 +123,7 @@ def table(rows: Sequence[dict[str, Any]], method: str, key: str) -> str:
         found = [cells.get((attack, defence), []) for defence in defences]
         if any(found):
             lines.append([attack, *(text_of(values) for values in found)])
-    return format_table([f"{method}, {key}", *defences], lines)
+    return ["", *defences], lines
 
 
 def text_of(values: Sequence[float]) -> str:
@@ -149,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         n = seeds if defence in SUMS else 1
                         rows.append(run(data, method, attack, defence, n))
                 for key in ("ndcg@20", "er@10"):
-                    print(table(rows, method, key))
+                    header, lines = table_of(rows, method, key)
+                    print(format_table([f"{method}, {key}", *header[1:]], lines))
             results[data.name] = {**data.sizes, "rows": rows}
             goals += goals_of(data.name, rows)
             report = {"malicious": MALICIOUS, "seeds": seeds, "data": results}

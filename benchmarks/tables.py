@@ -18,6 +18,7 @@ from typing import Any
 import _convergence_report as convergence
 import _sizes_report as sizes
 import accuracy
+import attacks
 import faults
 import fedfnn_cost as cost
 import fedfnn_sensitivity as sensitivity
@@ -318,6 +319,18 @@ def faults_section(report: Report) -> str:
     return "\n\n".join([*parts, *goals(report)])
 
 
+def attacks_section(report: Report) -> str:
+    """Tables of every data set and method: ranking, and exposure of what is promoted."""
+    parts = [origin(report)]
+    for name, result in report["data"].items():
+        rows = result["rows"]
+        for method in dict.fromkeys(row["method"] for row in rows):
+            for key, title in (("ndcg@20", "NDCG@20"), ("er@10", "ER@10 of the target")):
+                parts.append(f"**{name}, {method}**, {title}")
+                parts.append(markdown(*attacks.table_of(rows, method, key)))
+    return "\n\n".join([*parts, *goals(report)])
+
+
 SECTIONS: Places = {
     "accuracy": ("accuracy", accuracy_section),
     "cohort_speed": ("cohort_speed", cohort_speed_section),
@@ -343,7 +356,10 @@ SUMMARIES: Places = {
 }
 
 OF_SCALE: Places = {"scale": ("scale", scale_summary)}
-OF_ROBUST: Places = {"faults": ("faults", faults_section)}
+OF_ROBUST: Places = {
+    "attacks": ("attacks", attacks_section),
+    "faults": ("faults", faults_section),
+}
 
 
 def origin(report: Report) -> str:
