@@ -5,15 +5,21 @@ from __future__ import annotations
 import numbers
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 IdArray = NDArray[Any]
+Text = TypeVar("Text", str, bytes)
 
 # Told apart by name, because pandas must not be imported for its two missing values.
 _MISSING_TYPE_NAMES = frozenset({"NoneType", "NAType", "NaTType"})
+
+# An array of text is as wide everywhere as its longest entry. Text this long is refused where most
+# of the array would be filling, and that beyond this many bytes.
+_LONG_TEXT = 256
+_MOST_FILLING = 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,8 +291,9 @@ def as_ids(values: ArrayLike, *, source: str = "ids", column: str | None = None)
     Raises
     ------
     ValueError
-        If a value is missing, infinite or complex, an integer needs more than 64 bits, or
-        ``values`` is not one-dimensional.
+        If a value is missing, infinite or complex, an integer needs more than 64 bits, a text ends
+        in a NUL character or is so much longer than the others that their table would not fit
+        into memory, or ``values`` is not one-dimensional.
     TypeError
         If the values are neither all text nor all numbers.
 
@@ -300,6 +307,8 @@ def as_ids(values: ArrayLike, *, source: str = "ids", column: str | None = None)
     TypeError: Numbers and text are mixed in column 'user_id' of X, such as 1 and 'a'. Convert...
     """
     place = _place(source, column)
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise missing_error(np.ma.getmaskarray(values).ravel(), source, column)
     # A list goes through object: NumPy would turn the numbers of a mixed list into strings.
     array = (
         np.array(values, dtype=object) if isinstance(values, list | tuple) else np.asarray(values)
@@ -317,7 +326,9 @@ def as_ids(values: ArrayLike, *, source: str = "ids", column: str | None = None)
         case "i" | "u":
             return _narrow_integers(array)
         case "f":
-            array = array.astype(np.float64, copy=False)
+            # What is too large for double precision becomes infinite, and that is refused.
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float64, copy=False)
             check_finite(array, source, column)
             return array
         case "c":
@@ -385,7 +396,11 @@ def _from_objects(values: list[Any], source: str, column: str | None) -> IdArray
     """Find the one dtype that all Python values of a column share."""
     types = set(map(type, values))
     kinds = {_kind_of(kind, source, column) for kind in types}
-    if "missing" in kinds or kinds >= {"text", "float"}:
+    if (
+        "missing" in kinds
+        or kinds >= {"text", "float"}
+        or any(issubclass(kind, Decimal) for kind in types)
+    ):
         missing = np.array([is_missing(value) for value in values])
         if missing.any():
             raise missing_error(missing, source, column)
@@ -403,10 +418,36 @@ def _from_objects(values: list[Any], source: str, column: str | None) -> IdArray
     if kinds <= {"bool"}:
         return np.array(values, dtype=np.bool_ if kinds else np.int64)
     if kinds <= {"text"}:
+        if types != {str}:  # what is text by inheritance may call itself something else
+            values = [str.__str__(value) for value in values]
+        _check_text(values, source, column, empty="", nul="\0", width=4)
         return np.array(values, dtype=np.str_)
     if kinds <= {"bytes"}:
+        _check_text(values, source, column, empty=b"", nul=b"\0", width=1)
         return np.array(values, dtype=np.bytes_)
     return _numbers_from_objects(values, kinds, source, column)
+
+
+def _check_text(
+    values: list[Text], source: str, column: str | None, *, empty: Text, nul: Text, width: int
+) -> None:
+    """Refuse text that an array would cut or blow up; a character has `width` bytes there."""
+    joined = empty.join(values)
+    if nul in joined:
+        cut = next((value for value in values if value.endswith(nul)), None)
+        if cut is not None:
+            raise ValueError(
+                f"Text in {_place(source, column)} ends in a NUL character, {cut!r}, which an "
+                "array of text cannot keep. Remove it."
+            )
+    longest = max(map(len, values), default=0)
+    filling = (longest * len(values) - len(joined)) * width
+    if longest > _LONG_TEXT and filling > _MOST_FILLING:
+        raise ValueError(
+            f"The longest text in {_place(source, column)} has {longest} characters, and the mean "
+            f"of {len(values)} has {len(joined) / len(values):.0f}; a table of them would fill "
+            f"{filling / 2**30:.1f} GiB with nothing. Shorten the longest, for example to a hash."
+        )
 
 
 def _numbers_from_objects(
@@ -421,7 +462,15 @@ def _numbers_from_objects(
                 f"Floats are mixed with integers of 2**53 and more in {place}, such as "
                 f"{large[0]!r}, which floats cannot tell apart. Pass them as strings."
             )
-        return np.array(values, dtype=np.float64)
+        try:
+            with np.errstate(over="ignore"):
+                return np.array(values, dtype=np.float64)
+        # A fraction or decimal beyond all floats.
+        except OverflowError as error:
+            raise ValueError(
+                f"A number in {place} is too large for double precision. Pass such numbers as "
+                "strings."
+            ) from error
     low, high = min(values), max(values)
     if low < -(2**63) or high >= 2**64 or (low < 0 and high >= 2**63):
         raise ValueError(
@@ -458,8 +507,10 @@ def _kind_of(kind: type, source: str, column: str | None) -> str:
 
 def is_missing(value: Any) -> bool:
     """Say whether a Python value is None, a NaN or a missing value of pandas."""
+    if isinstance(value, Decimal):
+        return value.is_nan()  # a signalling NaN lets nobody compare it
     return type(value).__name__ in _MISSING_TYPE_NAMES or (
-        isinstance(value, numbers.Real | Decimal) and bool(value != value)
+        isinstance(value, numbers.Real) and bool(value != value)
     )
 
 

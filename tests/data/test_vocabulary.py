@@ -1,7 +1,9 @@
 """Ids and codes against a dictionary, and the ids that are refused."""
 
+import enum
 import math
 from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -192,6 +194,38 @@ def test_series_and_tuples_are_ids(values):
 def test_values_that_are_no_ids_are_refused(values, error, message):
     with pytest.raises(error, match=message):
         as_ids(values, source="X", column="c")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["a", "b\0"], r"Text in column 'c' of X ends in a NUL character, 'b\\x00', .* Remove it"),
+        ([b"\0"], r"ends in a NUL character, b'\\x00'"),
+        ([Fraction(10**400, 3), 0.5], "column 'c' of X is too large for double precision. Pass"),
+        ([Decimal("sNaN"), "a"], "Input X contains NaN: 1 of 2 values"),
+        ([Decimal("sNaN")], "Input X contains NaN: 1 of 1 values"),
+        (np.ma.masked_equal([1, 2, 3], 2), "Input X contains NaN: 1 of 3 values .* row 1"),
+        (np.array([np.longdouble("1e4000")]), "Input X contains infinity: 1 of 1"),
+        (["x" * 10**6, *["y"] * 1_000], r"longest text in column 'c' .* 1000000 ch.* 3\.7 GiB"),
+    ],
+)
+def test_values_that_an_array_would_change_or_blow_up_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        as_ids(values, source="X", column="c")
+
+
+def test_text_with_nul_inside_and_long_text_are_ids():
+    texts = ["a\0b", "a", "x" * 10_000]
+    assert as_ids(texts).tolist() == texts
+    assert Vocabulary.from_values(texts)[0].ids.tolist() == sorted(texts)
+
+
+def test_text_by_inheritance_is_read_as_the_text_that_it_is():
+    class Colour(str, enum.Enum):  # noqa: UP042 - for its other __str__
+        RED = "red"
+
+    assert str(Colour.RED) != "red"
+    assert as_ids([Colour.RED, "red"]).tolist() == ["red", "red"]
 
 
 def test_messages_without_a_column_name_the_argument():
