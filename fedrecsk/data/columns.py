@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from fedrecsk.data.vocabulary import IdArray, as_ids, check_finite, is_missing, 
 
 POSITIONS = ("user_id", "item_id", "rating", "timestamp")
 NAMES = (*POSITIONS, "client_id")
+
+# Years from 1970 within which microseconds fit 64 bits.
+_MOST_YEARS = 290_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,8 +297,9 @@ def _feature_names(frame: nw.DataFrame[Any]) -> tuple[str, ...] | None:
 
 def _to_numpy(series: Any, column: str) -> NDArray[Any]:
     """Take a column out of a DataFrame; a null arrives as None, NaN or NaT and is refused later."""
-    if column == "timestamp" and isinstance(series.dtype, nw.Datetime | nw.Date):
-        series = series.dt.timestamp("us")
+    if isinstance(series.dtype, nw.String | nw.Int128 | nw.UInt128):
+        # As Python's own: an array may cut the ends of text, and has no integers of 128 bits.
+        return np.array(series.to_list(), dtype=object)
     array: NDArray[Any] = series.to_numpy()
     return array
 
@@ -336,7 +341,18 @@ def as_timestamp(values: NDArray[Any], *, source: str = "X") -> NDArray[Any]:
 def _microseconds(moments: NDArray[Any], source: str) -> NDArray[np.int64]:
     if np.isnat(moments).any():
         raise missing_error(np.isnat(moments), source, "timestamp")
+    _refuse_far_years(moments.astype("datetime64[Y]").astype(np.int64) + 1970, source)
     return moments.astype("datetime64[us]").astype(np.int64)
+
+
+def _refuse_far_years(years: NDArray[np.int64], source: str) -> None:
+    """Raise where NumPy would wrap a moment around to some other year."""
+    far = np.flatnonzero(np.abs(years - 1970) > _MOST_YEARS)
+    if far.size:
+        raise ValueError(
+            f"Column 'timestamp' of {source} has the year {years[far[0]]} in row {far[0]}, and "
+            f"moments are kept for {_MOST_YEARS} years around 1970. Drop or repair these rows."
+        )
 
 
 def _parse_moments(array: IdArray) -> NDArray[Any] | None:
@@ -345,7 +361,12 @@ def _parse_moments(array: IdArray) -> NDArray[Any] | None:
         # NumPy warns that it turns an offset into UTC, which is what is wanted.
         warnings.simplefilter("ignore", UserWarning)
         try:
-            return array.astype(np.str_).astype("datetime64[us]")
+            texts = array.astype(np.str_)
+            # NumPy takes "now" for a date, and turns years of many digits into others.
+            if re.search(r"(?i)now|today|^\s*[+-]?\d{7}", "\n".join(texts.tolist()), re.MULTILINE):
+                return None
+            far = np.abs(texts.astype("datetime64[Y]").astype(np.int64)) > _MOST_YEARS
+            return None if far.any() else texts.astype("datetime64[us]")
         except ValueError:
             return None
 
@@ -357,13 +378,16 @@ def _from_moments(values: NDArray[Any], source: str) -> NDArray[Any]:
         raise missing_error(missing, source, "timestamp")
     if not all(isinstance(value, dt.date) for value in values):
         return values
-    return np.array([_without_zone(value) for value in values], dtype="datetime64[us]")
+    _refuse_far_years(np.array([value.year for value in values]), source)
+    return np.array([_microseconds_of(value) for value in values], dtype="datetime64[us]")
 
 
-def _without_zone(moment: dt.date) -> dt.date:
+def _microseconds_of(moment: dt.date) -> np.datetime64:
+    """Bring a moment to UTC; in NumPy, since the years of Python end with 1 and 9999."""
     if isinstance(moment, dt.datetime) and moment.tzinfo is not None:
-        return moment.astimezone(dt.UTC).replace(tzinfo=None)
-    return moment
+        offset = moment.utcoffset() or dt.timedelta(0)
+        return np.datetime64(moment.replace(tzinfo=None), "us") - np.timedelta64(offset, "us")
+    return np.datetime64(moment, "us")
 
 
 def _parse_numbers(array: IdArray, source: str, column: str | None) -> NDArray[Any]:
@@ -371,7 +395,7 @@ def _parse_numbers(array: IdArray, source: str, column: str | None) -> NDArray[A
     for dtype in (np.int64, np.float64):
         try:
             return array.astype(dtype)
-        except ValueError:
+        except (ValueError, OverflowError):  # an integer of more than 64 bits is read as a float
             continue
     example = next(value for value in array.tolist() if not _is_number(value))
     raise ValueError(

@@ -159,6 +159,67 @@ def test_dates_and_far_years_and_text_are_moments():
     assert read_columns(text).timestamp.tolist() == [0, 86_400_000_000]
 
 
+FAR = np.array(["1000000-01-01"], dtype="datetime64[s]")
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        pd.Series(FAR),
+        pd.Series(FAR).dt.tz_localize("UTC"),
+        pd.Series(FAR).astype(object),
+        pl.Series(FAR.astype("int64") * 1000).cast(pl.Datetime("ms")),
+        pl.Series([2**31 - 1], dtype=pl.Int32).cast(pl.Date),
+        pa.array([2**31 - 1], pa.int32()).cast(pa.date32()),
+    ],
+)
+def test_moments_that_would_turn_into_others_are_refused(moments):
+    """In microseconds they wrap around to a year that nobody wrote."""
+    columns = {"user_id": [1], "item_id": [2], "timestamp": moments}
+    make = pl.DataFrame if isinstance(moments, pl.Series) else pa.table
+    frame = pd.DataFrame(columns) if isinstance(moments, pd.Series) else make(columns)
+    with pytest.raises(
+        ValueError, match=r"'timestamp' of X has the year \d+ in row 0, and moments"
+    ):
+        read_columns(frame)
+
+
+@pytest.mark.parametrize(
+    "text", ["300000-01-01", "-1000000-01-01", "9" * 25 + "-01-01", "now", "Today", " now"]
+)
+def test_texts_that_numpy_takes_for_some_other_moment_are_none(text):
+    with pytest.raises(ValueError, match="'timestamp' of X holds text that is no number, such as"):
+        read_columns([[1, 2, 3, text]])
+
+
+def test_moments_in_zones_at_the_ends_of_time():
+    zones = [dt.timezone(dt.timedelta(hours=hours)) for hours in (9, -9)]
+    ends = [dt.datetime.min.replace(tzinfo=zones[0]), dt.datetime.max.replace(tzinfo=zones[1])]
+    found = read_columns([[1, 2, 3, moment] for moment in ends]).timestamp
+    hour = 3_600_000_000
+    plain = read_columns([[1, 2, 3, moment.replace(tzinfo=None)] for moment in ends]).timestamp
+    assert (found - plain).tolist() == [-9 * hour, 9 * hour]
+
+
+def test_integers_beyond_64_bits():
+    """As text they are ratings and times like other numbers; as ids they are looked at."""
+    rows = np.array([["a", "b", "9" * 30, "1" + "0" * 25]])
+    columns = read_columns(rows)
+    assert (columns.rating[0], columns.timestamp[0]) == (1e30, 1e25)
+    frame = pl.DataFrame({"user_id": [5, 2**63], "item_id": [1, 2]}).cast({"user_id": pl.Int128})
+    assert read_columns(frame).user.tolist() == [5, 2**63]
+    with pytest.raises(ValueError, match="does not fit 64 bits"):
+        read_columns(frame.with_columns(user_id=pl.lit(2**70)))
+
+
+def test_text_in_a_frame_keeps_its_end_or_is_refused():
+    for column in (["a\0", "a"], [b"a\0", b"a"]):
+        columns = {"user_id": column, "item_id": [1, 1]}
+        for frame in (pd.DataFrame(columns), pl.DataFrame(columns), pa.table(columns)):
+            with pytest.raises(ValueError, match="'user_id' of X ends in a NUL character"):
+                read_columns(frame)
+
+
 def test_fractional_and_boolean_numbers():
     columns = read_columns([[1, 2, True, 0.5], [1, 3, False, 2]])
     assert columns.rating.tolist() == [1.0, 0.0]
