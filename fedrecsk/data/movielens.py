@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import http.client
 import io
-import lzma
 import os
+import struct
 import urllib.request
 import uuid
 import zipfile
@@ -33,13 +33,20 @@ _NEEDED = ("u.data", "u.item", "ratings.dat", "movies.dat")
 
 # What the standard library raises on damaged archives; OSError is a seek to nowhere.
 _DAMAGED = (
-    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, OSError,
-    UnicodeDecodeError,
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, OSError,
+    OverflowError, UnicodeDecodeError,
 )  # fmt: skip
 
 # Beyond every file of the two data sets (24.6 MB at most): what claims more is no MovieLens
-# archive, and is not unpacked into memory.
+# archive, and is not unpacked into memory. The table of contents is read as a whole.
 _LARGEST_FILE = 256 * 2**20
+_LARGEST_ARCHIVE = 128 * 2**20
+# Read at a time. What zlib gives is cut to this; bz2 and lzma give all they have, thousands of
+# times what went in, so members in these methods are not read.
+_CHUNK = 2**20
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# From here on floats cannot tell integers apart.
+_LARGEST_NUMBER = 2.0**53
 _LARGEST_DOWNLOAD = 64 * 2**20
 _DOWNLOAD_TIMEOUT = 60.0
 
@@ -236,6 +243,8 @@ def _read_files(path: Path) -> dict[str, bytes]:
         return {name: _read_bounded(found[name]) for name in chosen}
     if not path.is_file():
         raise ValueError(f"{path} is neither a file nor a folder.")
+    if (size := path.stat().st_size) > _LARGEST_ARCHIVE:
+        raise _too_large(str(path), size)
     with path.open("rb") as stream:
         try:
             archive = zipfile.ZipFile(stream)
@@ -283,9 +292,19 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) 
         raise ValueError(
             f"{member.filename} in {path} is encrypted. Unpack it and pass the folder."
         )
+    if member.compress_type not in _METHODS:
+        raise ValueError(
+            f"{member.filename} in {path} is packed in another way than GroupLens does it (method "
+            f"{member.compress_type}). Unpack it and pass the folder."
+        )
     if member.file_size > _LARGEST_FILE:
         raise _too_large(f"{member.filename} in {path}", member.file_size)
-    return archive.read(member)
+    # Not ZipFile.read, which unpacks everything before it looks at the size that was declared.
+    content = bytearray()
+    with archive.open(member) as stream:
+        while chunk := stream.read(_CHUNK):
+            content += chunk
+    return bytes(content)
 
 
 def _read_bounded(file: Path) -> bytes:
@@ -297,7 +316,7 @@ def _read_bounded(file: Path) -> bytes:
 
 def _too_large(what: str, size: int) -> ValueError:
     return ValueError(
-        f"{what} has {size} bytes, far more than a file of MovieLens 100K or 1M. It is not read."
+        f"{what} has {size} bytes, far more than MovieLens 100K or 1M. It is not read."
     )
 
 
@@ -322,6 +341,14 @@ def _parse_ratings(raw: bytes, where: str) -> NDArray[Any]:
         raise ValueError(
             f"{where} should have the four numbers user, item, rating, timestamp in every line; "
             f"its first line is {raw.splitlines()[0][:80].decode('latin-1')!r}."
+        )
+    large = np.flatnonzero((np.abs(values) >= _LARGEST_NUMBER).any(axis=1))
+    if large.size:
+        # Read as floats, two users might have become one.
+        row = ", ".join(f"{value:.16g}" for value in values[large[0]])
+        raise ValueError(
+            f"{where} has numbers of 2**53 and more in row {large[0]}: {row}. They cannot be told "
+            "apart from their neighbours. Download the data set again."
         )
     whole = values.astype(np.int64)
     return whole if (whole == values).all() else values

@@ -4,6 +4,8 @@ import hashlib
 import io
 import os
 import random
+import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 from urllib.error import URLError
@@ -235,11 +237,12 @@ def test_encrypted_archives_are_refused(tmp_path):
 
 def test_absurd_sizes_are_refused_unread(tmp_path, monkeypatch):
     monkeypatch.setattr(movielens, "_LARGEST_FILE", 1000)
-    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("was unpacked"))
     bomb = {**FILES_1M, "ratings.dat": RATINGS * 100}
     size = len(RATINGS) * 100
+    path = write_zip(tmp_path / "a.zip", bomb)
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("was unpacked"))
     with pytest.raises(ValueError, match=rf"ratings.dat in .*a\.zip has {size} bytes, far more"):
-        load_movielens(write_zip(tmp_path / "a.zip", bomb))
+        load_movielens(path)
     with pytest.raises(ValueError, match=rf"ratings\.dat has {size} bytes, far more"):
         load_movielens(write_folder(tmp_path / "b", bomb))
 
@@ -251,6 +254,46 @@ def test_a_size_that_lies_unpacks_no_more_than_it_says(tmp_path):
     raw = raw.replace(true_size, len(RATINGS).to_bytes(4, "little"))
     path.write_bytes(raw)
     with pytest.raises(ValueError, match="cut off or damaged"):
+        load_movielens(path)
+
+
+@pytest.mark.parametrize("declared", [90, 2**20])
+def test_a_bomb_that_lies_is_not_unpacked_into_memory(tmp_path, monkeypatch, declared):
+    """32 MB in 32 kB: no more is unpacked than was declared, and that is bounded."""
+    monkeypatch.setattr(movielens, "_LARGEST_FILE", 2**20)
+    files = {**FILES_1M, "ratings.dat": "\0" * 2**25}
+    path = write_zip(tmp_path / "a.zip", files)
+    raw = path.read_bytes().replace(struct.pack("<I", 2**25), struct.pack("<I", declared))
+    path.write_bytes(raw)
+    del files, raw
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"a\.zip is not a zip archive that can be read"):
+            load_movielens(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_methods_whose_unpacking_has_no_bound_are_refused(tmp_path, method):
+    path = write_zip(tmp_path / "a.zip", FILES_1M, method=method)
+    with pytest.raises(ValueError, match=rf"ml/ratings.dat in .*a\.zip is packed .*{method}\)"):
+        load_movielens(path)
+
+
+def test_an_archive_of_absurd_size_is_refused_unread(tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "a.zip", FILES_1M)
+    monkeypatch.setattr(movielens, "_LARGEST_ARCHIVE", 100)
+    with pytest.raises(ValueError, match=rf"a\.zip has {path.stat().st_size} bytes, far more"):
+        load_movielens(path)
+
+
+@pytest.mark.parametrize("large", ["9007199254740993", "-9007199254740992", "9" * 25, "1e300"])
+def test_numbers_that_floats_cannot_tell_apart_are_refused(tmp_path, large):
+    files = {**FILES_1M, "ratings.dat": f"1::2::3::4\n{large}::661::5::978300760\n"}
+    path = write_folder(tmp_path / "a", files)
+    with pytest.raises(ValueError, match=r"ratings.dat in .* numbers of 2\*\*53 and more in row 1"):
         load_movielens(path)
 
 
