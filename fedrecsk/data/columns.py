@@ -297,9 +297,12 @@ def _feature_names(frame: nw.DataFrame[Any]) -> tuple[str, ...] | None:
 
 def _to_numpy(series: Any, column: str) -> NDArray[Any]:
     """Take a column out of a DataFrame; a null arrives as None, NaN or NaT and is refused later."""
-    if isinstance(series.dtype, nw.String | nw.Int128 | nw.UInt128):
-        # As Python's own: an array may cut the ends of text, and has no integers of 128 bits.
-        return np.array(series.to_list(), dtype=object)
+    if isinstance(series.dtype, nw.String | nw.Int128 | nw.UInt128) or series.null_count():
+        # As Python's own: an array may cut the ends of text, has no integers of 128 bits, and of
+        # a null in a dictionary of pyarrow it makes one of the values.
+        found = np.empty(len(series), dtype=object)
+        found[:] = series.to_list()
+        return found
     array: NDArray[Any] = series.to_numpy()
     return array
 

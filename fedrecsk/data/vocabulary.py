@@ -16,10 +16,10 @@ Text = TypeVar("Text", str, bytes)
 # Told apart by name, because pandas must not be imported for its two missing values.
 _MISSING_TYPE_NAMES = frozenset({"NoneType", "NAType", "NaTType"})
 
-# An array of text is as wide everywhere as its longest entry. Text this long is refused where most
-# of the array would be filling, and that beyond this many bytes.
+# An array of text is as wide everywhere as its longest entry. Where one is longer than this, an
+# array of more than so many bytes is not made.
 _LONG_TEXT = 256
-_MOST_FILLING = 2**30
+_MOST_BYTES = 2**32
 
 
 @dataclass(frozen=True, eq=False)
@@ -432,22 +432,21 @@ def _check_text(
     values: list[Text], source: str, column: str | None, *, empty: Text, nul: Text, width: int
 ) -> None:
     """Refuse text that an array would cut or blow up; a character has `width` bytes there."""
-    joined = empty.join(values)
-    if nul in joined:
+    longest = max(map(len, values), default=0)
+    n_bytes = longest * len(values) * width
+    if longest > _LONG_TEXT and n_bytes > _MOST_BYTES:
+        raise ValueError(
+            f"The longest text in {_place(source, column)} has {longest} characters, so an array "
+            f"of all {len(values)} would take {n_bytes / 2**30:.1f} GiB. Shorten the longest, for "
+            "example to a hash."
+        )
+    if nul in empty.join(values):
         cut = next((value for value in values if value.endswith(nul)), None)
         if cut is not None:
             raise ValueError(
                 f"Text in {_place(source, column)} ends in a NUL character, {cut!r}, which an "
                 "array of text cannot keep. Remove it."
             )
-    longest = max(map(len, values), default=0)
-    filling = (longest * len(values) - len(joined)) * width
-    if longest > _LONG_TEXT and filling > _MOST_FILLING:
-        raise ValueError(
-            f"The longest text in {_place(source, column)} has {longest} characters, and the mean "
-            f"of {len(values)} has {len(joined) / len(values):.0f}; a table of them would fill "
-            f"{filling / 2**30:.1f} GiB with nothing. Shorten the longest, for example to a hash."
-        )
 
 
 def _numbers_from_objects(
@@ -490,11 +489,12 @@ def _kind_of(kind: type, source: str, column: str | None) -> str:
         return "text"
     if issubclass(kind, bytes):
         return "bytes"
-    if issubclass(kind, numbers.Integral):
+    is_duration = issubclass(kind, np.timedelta64)  # which NumPy counts among the integers
+    if issubclass(kind, numbers.Integral) and not is_duration:
         return "int"
-    if issubclass(kind, numbers.Real | Decimal):
+    if issubclass(kind, numbers.Real | Decimal) and not is_duration:
         return "float"
-    if issubclass(kind, numbers.Complex):
+    if issubclass(kind, numbers.Complex) and not is_duration:
         raise ValueError(
             f"Complex data not supported: {_place(source, column)} holds complex numbers."
         )

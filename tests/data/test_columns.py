@@ -335,6 +335,16 @@ ONE = {"user_id": [1], "item_id": [2]}
             ValueError,
             "1 of 2 values in column 'user_id' are missing",
         ),
+        (
+            pa.table({"user_id": pa.array(["a", None]).dictionary_encode(), "item_id": [1, 2]}),
+            ValueError,
+            "1 of 2 values in column 'user_id' are missing",
+        ),
+        (
+            pa.table({**ONE, "timestamp": pa.nulls(1, pa.int64()).dictionary_encode()}),
+            ValueError,
+            "1 of 1 values in column 'timestamp' are missing",
+        ),
         (pd.DataFrame({**ONE, "client_id": [None]}), ValueError, "column 'client_id' are missing"),
         (
             pl.DataFrame({**ONE, "user_id": [dt.date(2020, 1, 1)]}),

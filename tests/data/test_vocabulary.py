@@ -180,6 +180,7 @@ def test_series_and_tuples_are_ids(values):
         ([1, np.inf], ValueError, "Input X contains infinity: 1 of 2 values in column 'c'"),
         ([1j], ValueError, "Complex data not supported: column 'c' of X"),
         (np.array([1j]), ValueError, "Complex data not supported: column 'c' of X"),
+        ([np.timedelta64(1, "D")], TypeError, "a string or a number, not 'timedelta64'"),
         ([{"a": 1}], TypeError, "argument must be a string or a number, not 'dict'"),
         ([[1], [2, 3]], TypeError, "argument must be a string or a number, not 'list'"),
         ([[1], [2]], ValueError, r"column 'c' of X to be a 1d array, .* shape \(2, 1\)"),
@@ -206,7 +207,8 @@ def test_values_that_are_no_ids_are_refused(values, error, message):
         ([Decimal("sNaN")], "Input X contains NaN: 1 of 1 values"),
         (np.ma.masked_equal([1, 2, 3], 2), "Input X contains NaN: 1 of 3 values .* row 1"),
         (np.array([np.longdouble("1e4000")]), "Input X contains infinity: 1 of 1"),
-        (["x" * 10**6, *["y"] * 1_000], r"longest text in column 'c' .* 1000000 ch.* 3\.7 GiB"),
+        (["x" * 10**6, *["y"] * 1_999], r"longest text in column 'c' .* 1000000 ch.* 7\.5 GiB"),
+        (["x" * 10**6] * 2_000, r"longest text in column 'c' of X has 1000000 characters"),
     ],
 )
 def test_values_that_an_array_would_change_or_blow_up_are_refused(values, message):
