@@ -24,6 +24,10 @@ from fedrecsk.data.columns import (
 from fedrecsk.data.movielens import is_movielens, load_movielens
 from fedrecsk.data.vocabulary import IdArray, as_ids
 
+# A Parquet file with more rows, of which more than these come out of a byte, is not read.
+_MANY_ROWS = 2**20
+_ROWS_PER_BYTE = 64
+
 _ACCEPTED = (
     "a CSV or Parquet file with the columns user_id, item_id[, rating][, timestamp][, client_id], "
     "a folder with interactions.parquet, or a MovieLens archive or folder"
@@ -147,8 +151,8 @@ def _read_csv(path: Path) -> Columns:
         raise ValueError(f"{path} is not a CSV file in UTF-8: {error}.") from error
     if not texts["user_id"]:
         raise ValueError(f"{path} has a header but no rows.")
-    arrays = {name: np.array(values) for name, values in texts.items()}
     source = str(path)
+    arrays = {name: as_ids(values, source=source, column=name) for name, values in texts.items()}
     rating, timestamp, client = (arrays.get(name) for name in NAMES[2:])
     return Columns(
         user=_ids_from_text(arrays["user_id"]),
@@ -201,9 +205,21 @@ def _read_titles(path: Path) -> dict[Any, str]:
     if not path.is_file():
         return {}
     table = _read_parquet(path, _title_names)
-    ids = as_ids(table["item_id"].to_pylist(), source=str(path), column="item_id")
-    titles = ("" if title is None else str(title) for title in table["title"].to_pylist())
+    ids = as_ids(_values(table["item_id"]), source=str(path), column="item_id")
+    titles = ("" if title is None else str(title) for title in _values(table["title"]))
     return dict(zip(ids.tolist(), titles, strict=True))
+
+
+def _values(column: Any) -> list[Any]:
+    """Give the values of a column of pyarrow; those of a dictionary once for all their rows."""
+    found: list[Any] = []
+    for chunk in column.chunks:
+        if not hasattr(chunk, "dictionary"):
+            found += chunk.to_pylist()
+            continue
+        values = [*chunk.dictionary.to_pylist(), None]
+        found += [values[-1 if code is None else code] for code in chunk.indices.to_pylist()]
+    return found
 
 
 def _title_names(names: list[str], path: Path) -> list[str]:
@@ -226,6 +242,27 @@ def _read_parquet(path: Path, choose: Callable[[list[str], Path], list[str]]) ->
         ) from error
     try:
         with pq.ParquetFile(path) as file:
-            return file.read(columns=choose(list(file.schema_arrow.names), path))
+            _refuse_bomb(file.metadata.num_rows, path)
+            chosen = choose(list(file.schema_arrow.names), path)
+        # A text that many rows share stays one text.
+        options = {"read_dictionary": chosen, "page_checksum_verification": True}
+        with pq.ParquetFile(path, **options) as file:
+            table = file.read(columns=chosen)
+            # Text that is no UTF-8, and offsets to nowhere, would be found by whoever reads them.
+            table.validate(full=True)
+            return table
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
+
+
+def _refuse_bomb(n_rows: int, path: Path) -> None:
+    """Refuse a file that is so small for its rows that it can only be meant to fill the memory.
+
+    Each row is another (user, item) pair, and these take some bits, however they are packed.
+    """
+    size = path.stat().st_size
+    if n_rows > _MANY_ROWS and n_rows > _ROWS_PER_BYTE * size:
+        raise ValueError(
+            f"{path} claims {n_rows} rows in {size} bytes, more than distinct interactions can be "
+            "packed into. It is not read."
+        )

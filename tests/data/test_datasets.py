@@ -1,11 +1,14 @@
 """Files of the caller: CSV, Parquet, folders."""
 
 import os
+import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fedrecsk.data import encode
@@ -200,6 +203,61 @@ def test_truncated_parquet_is_refused(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"a\.parquet"):
             load_interactions(path)
+
+
+def test_parquet_whose_rows_come_from_nowhere_is_refused_unread(tmp_path, monkeypatch):
+    """Two million equal rows take 2 kB, and would take 32 MB here."""
+    rows = pa.table({"user_id": np.zeros(2**21, np.int64), "item_id": np.zeros(2**21, np.int64)})
+    path = tmp_path / "a.parquet"
+    pq.write_table(rows, path)
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda *_, **__: pytest.fail("was read"))
+    with pytest.raises(ValueError, match=r"a\.parquet claims 2097152 rows in \d+ bytes, more"):
+        load_interactions(path)
+
+
+def test_parquet_with_damaged_pages_is_refused_where_it_has_sums(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = {"user_id": np.arange(999), "item_id": np.arange(999)}
+    pq.write_table(
+        pa.table(rows), path, write_page_checksum=True, use_dictionary=False, compression="none"
+    )
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(struct.pack("<q", 500), struct.pack("<q", 600)))
+    with pytest.raises(ValueError, match=r"not a Parquet file that can be read: .*CRC"):
+        load_interactions(path)
+
+
+def test_long_text_that_many_rows_share_does_not_fill_the_memory(tmp_path):
+    """A dictionary of one text of 10 MB; its ten thousand rows would take 100 GB each in full."""
+    path = tmp_path / "a.parquet"
+    texts = pa.DictionaryArray.from_arrays(np.zeros(10_000, np.int32), ["x" * 10_000_000])
+    rows = pa.table({"user_id": texts, "item_id": np.arange(10_000)})
+    pq.write_table(rows, path, store_schema=False)
+    with pytest.raises(ValueError, match=r"longest text in column 'user_id' of X has 10000000"):
+        load_interactions(path)
+    write(FRAME, tmp_path / "interactions.parquet")
+    titles = rows.rename_columns(["title", "item_id"])
+    pq.write_table(titles, tmp_path / "items.parquet", store_schema=False)
+    assert len(load_interactions(tmp_path).item_text) == 10_000
+
+
+def test_parquet_with_text_that_is_none_is_refused(tmp_path):
+    path = write(FRAME.assign(user_id="Zoë"), tmp_path / "a.parquet")
+    path.write_bytes(path.read_bytes().replace("Zoë".encode(), b"Zo\xc3a"))
+    with pytest.raises(ValueError, match=r"not a Parquet file that can be read: .*UTF"):
+        load_interactions(path)
+
+
+def test_csv_that_would_be_cut_or_fill_the_memory_is_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("user_id,item_id\na\0,1\na,1\n")
+    with pytest.raises(ValueError, match=r"'user_id' of .*a\.csv ends in a NUL character"):
+        load_interactions(path)
+    path.write_text(f"user_id,item_id\n{'x' * 100_000},1\n" + "a,1\n" * 12_000)
+    with pytest.raises(ValueError, match=r"longest text in column 'user_id' of .*a\.csv has"):
+        load_interactions(path)
+    path.write_text(f"user_id,item_id,rating\na,1,{'9' * 30}\n")
+    assert load_interactions(path).data[0, 2] == 1e30
 
 
 def test_parquet_without_a_column_or_with_gaps(tmp_path):
