@@ -35,7 +35,7 @@ State = TypeVar("State")
 
 TENSORS, RECORD = "state.safetensors", "state.json"
 # Of the files; to be raised whenever older ones can no longer be read.
-FORMAT = 1
+FORMAT = 2
 # Settings longer than this, as JSON, are told apart by their hash.
 LONGEST_SETTING = 200
 
@@ -114,7 +114,7 @@ class Checkpoints:
             record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
             found, name, plan = record["format"], str(record["tensors"]), record["progress"]
             theirs = {part: dict(record[part]) for part in ("settings", "data", "versions")}
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise self._unreadable(error) from error
         if found != FORMAT:
             raise ValueError(
@@ -122,12 +122,14 @@ class Checkpoints:
                 f"fedrecsk reads format {FORMAT}. Remove the folder to start anew."
             )
         self._check_same_fit(theirs)
-        if Path(name).name != name or not (self.folder / name).is_file():
+        if Path(name).name != name or not _is_file(self.folder / name):
             raise ValueError(
                 f"The checkpoint in {self.folder} names {name!r}, which is not there. Remove the "
                 "folder to start anew."
             )
         progress = self._assembled(plan, name, start)
+        if record.get("sums") != self._sums(plan, name):
+            raise self._unreadable(ValueError("its checksums are not those of what was written"))
         if len(progress.history) > n_rounds:
             raise ValueError(
                 f"The checkpoint in {self.folder} is {len(progress.history)} rounds on, and "
@@ -200,9 +202,9 @@ class Checkpoints:
             "tensors": name,
             "progress": plan,
         }
-        text = json.dumps(record, allow_nan=False)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._put(name, lambda part: save_file(tensors, part))
+        text = json.dumps({**record, "sums": self._sums(plan, name)}, allow_nan=False)
         self._put(RECORD, lambda part: part.write_text(text, encoding="utf-8"))
         self._last = name
         # Also what fits left that were killed while they wrote.
@@ -210,6 +212,13 @@ class Checkpoints:
             if old.name != name:
                 with contextlib.suppress(OSError):  # in use on Windows: the next time, then
                     old.unlink()
+
+    def _sums(self, plan: Any, name: str) -> dict[str, str]:
+        """Hash what makes up the state: a bit that flips on a disk must not become another fit."""
+        with (self.folder / name).open("rb") as file:
+            tensors = hashlib.file_digest(file, "sha256").hexdigest()
+        text = json.dumps(plan, sort_keys=True)
+        return {"tensors": tensors, "progress": hashlib.sha256(text.encode()).hexdigest()}
 
     def _put(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file beside its place, and move it there when all of it is on the disk."""
@@ -227,7 +236,7 @@ class Checkpoints:
             found = json.loads(text)["tensors"]
         except FileNotFoundError:
             return
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._unreadable(error) from error
         if found != self._last:
             raise RuntimeError(
@@ -240,6 +249,14 @@ class Checkpoints:
             f"The checkpoint in {self.folder} cannot be read ({type(error).__name__}: {error}). "
             "Remove the folder to start anew."
         )
+
+
+def _is_file(path: Path) -> bool:
+    """Say whether there is a file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _sync_names(folder: Path) -> None:

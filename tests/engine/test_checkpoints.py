@@ -267,7 +267,7 @@ def test_a_damaged_record_says_so(tmp_path, text):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "is in format 2, and this version of fedrecsk reads format 1"),
+        ({"format": 1}, "is in format 1, and this version of fedrecsk reads format 2"),
         ({"settings": 3}, "cannot be read"),
         ({"progress": None}, "is of another model"),
         ({"progress": []}, "is of another model"),
@@ -300,7 +300,36 @@ def test_tensors_that_lack_say_so(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", "", "gone.safetensors", 5])
+def test_values_that_changed_on_the_disk_are_refused(tmp_path):
+    """Still JSON, still tensors of the right shapes, but not what was written."""
+    open_folder(tmp_path).save(progress_after(2))
+    path = next(tmp_path.glob(f"*.{TENSORS}"))
+    record = (tmp_path / RECORD).read_text()
+    (tmp_path / RECORD).write_text(record.replace('"loss": 0.1', '"loss": 0.3'))
+    with pytest.raises(ValueError, match=r"cannot be read .*checksums.*Remove the folder"):
+        load(tmp_path)
+    (tmp_path / RECORD).write_text(record)
+    assert_same(load(tmp_path), progress_after(2))
+    whole = bytearray(path.read_bytes())
+    whole[-3] ^= 16  # in the last of the numbers
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"cannot be read .*checksums.*Remove the folder"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, "9" * 5_000])
+def test_records_that_no_parser_takes_say_so(tmp_path, text):
+    writer = open_folder(tmp_path)
+    writer.save(progress_after(1))
+    (tmp_path / RECORD).write_text(text)
+    for call in (lambda: load(tmp_path), lambda: writer.save(progress_after(2))):
+        with pytest.raises(ValueError, match=r"cannot be read.*Remove the folder"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/hostname", "..", "", "gone.safetensors", 5, "x" * 5_000, "a\0"]
+)
 def test_no_path_leads_out_of_the_folder(tmp_path, name):
     save_file({"secret": torch.ones(1)}, tmp_path / "secret")
     folder = tmp_path / "checkpoint"
