@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -197,7 +198,8 @@ def load_adapters(folder: str | os.PathLike[str]) -> tuple[Adapters, NDArray[Any
     FileNotFoundError
         If the folder, its index, or a file that the index names is missing.
     ValueError
-        If a file is damaged, lies outside of the folder, or does not agree with the others.
+        If a file is damaged, holds numbers that are not finite, lies outside of the folder, or
+        does not agree with the others.
     """
     root = Path(folder).resolve()
     layers, ids, names = _read_index(root)
@@ -310,7 +312,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: it is no JSON ({error}).") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds a {type(found).__name__}, no object.")
@@ -367,7 +369,7 @@ def _settings(config: Mapping[str, Any], *, source: str) -> Settings:
     if not isinstance(config.get("target_modules"), list):
         raise ValueError(f"{source} has no list of target_modules; it must name the layers.")
     try:
-        return Settings(
+        found = Settings(
             base_model=config["base_model_name_or_path"],
             rank=int(config["r"]),
             alpha=float(config["lora_alpha"]),
@@ -376,8 +378,11 @@ def _settings(config: Mapping[str, Any], *, source: str) -> Settings:
             task_type=config["task_type"],
             fan_in_fan_out=bool(config["fan_in_fan_out"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{source} is damaged: {error!r}.") from error
+    if not (math.isfinite(found["alpha"]) and math.isfinite(found["dropout"])):
+        raise ValueError(f"{source} is damaged: lora_alpha or lora_dropout is not finite.")
+    return found
 
 
 def _read_weights(path: Path, layers: Sequence[str], *, source: str) -> Adapters:
@@ -396,4 +401,11 @@ def _read_weights(path: Path, layers: Sequence[str], *, source: str) -> Adapters
             f"{source} does not hold the layers that {_INDEX} names: {len(odd)} entries are "
             f"missing or too many, such as {odd[0]!r}."
         )
-    return {entry: found[_key(entry)].to(torch.float32) for entry in entries}
+    adapter = {entry: found[_key(entry)].to(torch.float32) for entry in entries}
+    spoiled = [entry for entry, value in adapter.items() if not value.isfinite().all()]
+    if spoiled:
+        raise ValueError(
+            f"{source} is damaged: {spoiled[0]} has numbers that are not finite, which every "
+            "prediction would take over."
+        )
+    return adapter

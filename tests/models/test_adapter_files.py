@@ -388,6 +388,10 @@ def test_an_index_that_is_not_right(tmp_path, change, message):
         ({"bias": "all"}, r"has {'bias': 'all'}"),
         ({"rank_pattern": {"q": 4}}, "rank_pattern"),
         ({"r": "many"}, "damaged: ValueError"),
+        ({"r": 10**400, "lora_alpha": 10**400}, "damaged: OverflowError"),
+        ({"r": float("inf")}, "damaged: OverflowError"),
+        ({"lora_alpha": float("nan")}, "lora_alpha or lora_dropout is not finite"),
+        ({"lora_dropout": float("inf")}, "lora_alpha or lora_dropout is not finite"),
     ],
 )
 def test_settings_that_are_not_right(tmp_path, change, message):
@@ -419,6 +423,26 @@ def test_weights_that_are_not_right(tmp_path, change, message):
             tensors[key] = torch.ones(shape)
     save_file(tensors, path)
     with pytest.raises(ValueError, match=f"client-20/{WEIGHTS} .*({message})"):
+        load_adapters(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["clients.json", f"client-20/{CONFIG}"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5_000])
+def test_files_that_no_parser_takes(tmp_path, name, text):
+    save(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}.* is damaged: it is no JSON"):
+        load_adapters(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path, bad):
+    """Everything that such an adapter predicts would be nan."""
+    adapters = adapters_of()
+    adapters["layers.1.q.lora_B"][1, 2, 1] = bad
+    save(tmp_path, adapters=adapters)
+    message = f"client-20/{WEIGHTS} is damaged: layers.1.q.lora_B has numbers that are not finite"
+    with pytest.raises(ValueError, match=message):
         load_adapters(tmp_path)
 
 
