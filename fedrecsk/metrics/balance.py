@@ -7,7 +7,10 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from fedrecsk.metrics.ranking import check_weights
+from fedrecsk.metrics.ranking import as_numbers, check_weights
+
+# Sums of squares of larger numbers overflow.
+_LARGE = 1e100
 
 
 def client_balance(
@@ -52,7 +55,7 @@ def client_balance(
     >>> balance["mean"], balance["worst"], round(balance["jain"], 3)
     (0.5, 0.25, 0.857)
     """
-    x = np.asarray(values, dtype=np.float64)
+    x = as_numbers(values, "values").astype(np.float64)
     if x.ndim != 1:
         raise ValueError(f"values must hold one value a client, got shape {x.shape}.")
     has_value = ~np.isnan(x)
@@ -67,12 +70,15 @@ def client_balance(
         raise ValueError("values must be finite; found an infinite one.")
     if w is not None and not w.any():
         raise ValueError("The weights of the clients that have a value are all 0.")
+    worst, top = float(x.min()), float(np.abs(x).max())
+    scale = top if top > _LARGE else 1.0
+    x = x / scale
     lowest = np.sort(x)[: math.ceil(len(x) / 10)]
     return {
-        "mean": float(np.average(x, weights=w)),
-        "worst": float(lowest[0]),
-        "worst_decile": float(lowest.mean()),
-        "spread": float(x.std()),
+        "mean": float(np.average(x, weights=w) * scale),
+        "worst": worst,
+        "worst_decile": float(lowest.mean() * scale),
+        "spread": float(x.std() * scale),
         "jain": _jain(x),
         "n_clients": len(x),
         "n_missing": n_missing,

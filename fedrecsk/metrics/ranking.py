@@ -58,7 +58,7 @@ def top_k(scores: npt.ArrayLike, k: int) -> IntArray:
            [0, 2]])
     """
     k = check_k(k)
-    values = np.asarray(scores)
+    values = as_numbers(scores, "scores")
     if values.ndim != 2:
         raise ValueError(f"scores must have shape (n_users, n_items), got {values.shape}.")
     if values.dtype.kind != "f":
@@ -455,7 +455,7 @@ def check_weights(
     weights: npt.ArrayLike, n: int, of: str, name: str = "sample_weight"
 ) -> FloatArray:
     """Return the weights as float64 (n,); ValueError if the length or a value is wrong."""
-    array = np.asarray(weights, dtype=np.float64)
+    array = as_numbers(weights, name).astype(np.float64)
     if array.shape != (n,):
         raise ValueError(
             f"{name} must hold one weight for each of the {n} {of}, got shape {array.shape}."
@@ -463,6 +463,18 @@ def check_weights(
     if not np.isfinite(array).all() or (array < 0).any():
         raise ValueError(f"{name} must be finite and not negative.")
     return array
+
+
+def as_numbers(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
+    """Return an array of real numbers, as it is if it is one; ValueError if there are others."""
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind == "c":
+            raise TypeError("complex numbers have no order")
+        return array if array.dtype.kind in "biuf" else array.astype(np.float64)
+    # Also what NumPy says of rows of different lengths.
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must hold real numbers only: {error}.") from error
 
 
 def _mean_at_k(
@@ -498,7 +510,7 @@ def _ranked(scores: npt.NDArray[Any], k: int) -> IntArray:
 
 
 def _check_scores(y_score: npt.ArrayLike) -> npt.NDArray[Any]:
-    scores = np.asarray(y_score)
+    scores = as_numbers(y_score, "y_score")
     if scores.ndim != 2:
         raise ValueError(f"y_score must have shape (n_users, n_items), got {scores.shape}.")
     if scores.dtype.kind != "f":
@@ -514,9 +526,9 @@ def _check_scores(y_score: npt.ArrayLike) -> npt.NDArray[Any]:
 def _check_truth(y_true: Any) -> csr_array:
     """Return binary y_true as CSR whose stored entries are the ones, in sorted order."""
     if not issparse(y_true):
-        y_true = np.asarray(y_true)
-        if y_true.ndim != 2:
-            raise ValueError(f"y_true must have shape (n_users, n_items), got {y_true.shape}.")
+        y_true = as_numbers(y_true, "y_true")
+    if y_true.ndim != 2:
+        raise ValueError(f"y_true must have shape (n_users, n_items), got {y_true.shape}.")
     truth = csr_array(y_true, copy=True)
     truth.sum_duplicates()
     truth.eliminate_zeros()

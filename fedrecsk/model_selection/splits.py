@@ -171,7 +171,8 @@ class LeaveLastOut(_PairSplitter):
         last_row[pairs.of_row] = np.arange(len(pairs.of_row))
         rank = pairs.rank_within_user(pairs.timestamp, last_row)
         size = pairs.of_user[pairs.user]
-        held_out = (rank >= size - self.n) & (size > self.n)
+        n = min(self.n, int(size.max()))  # an int of any size becomes one of an array
+        held_out = (rank >= size - n) & (size > n)
         if not held_out.any():
             raise ValueError(
                 f"No user has more than n={self.n} distinct items, so nothing can be held out "
@@ -346,7 +347,8 @@ class ColdUserSplit(_PairSplitter):
 def _share(test_size: float, sizes: IntArray) -> IntArray:
     """How many of each size to hold out: a share rounded half up, or the number itself."""
     if isinstance(test_size, int):
-        return np.full(len(sizes), test_size, dtype=np.int64)
+        # At most all there are, since an int may be too large for an array.
+        return np.full(len(sizes), min(test_size, sizes.max(initial=0)), dtype=np.int64)
     # 0.15 * 10 is a hair above 1.5 and 0.35 * 10 a hair below 3.5; a half is meant by both.
     return np.floor(np.round(test_size * sizes, 9) + 0.5).astype(np.int64)
 

@@ -55,6 +55,14 @@ def test_jain_says_nothing_of_negative_values():
     assert balance["worst"] == -1.0
 
 
+def test_the_largest_of_numbers_do_not_overflow():
+    values = np.array([0.25, 0.5, 1.0])
+    plain, large = client_balance(values), client_balance(values * 1e308)
+    assert large["jain"] == pytest.approx(plain["jain"])
+    for name in ("mean", "worst", "worst_decile", "spread"):
+        assert large[name] == pytest.approx(plain[name] * 1e308)
+
+
 def test_few_clients_have_a_worst_decile():
     assert client_balance([0.5, 0.1])["worst_decile"] == 0.1
     assert client_balance(np.arange(11.0))["worst_decile"] == 0.5
@@ -70,6 +78,9 @@ def test_few_clients_have_a_worst_decile():
         ([1.0, 2.0], [1.0], "weights must hold one weight for each of the 2 clients"),
         ([1.0, 2.0], [1.0, -1.0], "not negative"),
         ([1.0, np.nan], [0.0, 1.0], "all 0"),
+        (["good"], None, "values must hold real numbers only: could not convert"),
+        ([1.0], [10**400], "weights must hold real numbers only: int too large"),
+        ([[1.0], [2.0, 3.0]], None, "values must hold real numbers only: setting"),
     ],
 )
 def test_bad_input(values, weights, message):

@@ -233,6 +233,11 @@ def test_coverage():
         ([[0, 1]], [[1.0, np.nan]], "y_score has NaN"),
         ([0, 1], [[1.0, 2.0]], r"y_true must have shape .* got \(2,\)"),
         ([[0, 1]], [1.0, 2.0], r"y_score must have shape .* got \(2,\)"),
+        ([[0, 1]], [["a", 2.0]], "y_score must hold real numbers only: could not convert"),
+        ([[0, 1]], np.ones((1, 2)) * 1j, "y_score must hold real numbers only: complex"),
+        ([[0, 1]], [[10**400, 2.0]], "y_score must hold real numbers only: int too large"),
+        ([[0, 1], [1]], [[1.0, 2.0]], "y_true must hold real numbers only"),
+        ([["yes", "no"]], [[1.0, 2.0]], "y_true must hold real numbers only: could not convert"),
     ],
 )
 def test_bad_input(y_true, y_score, message):
@@ -242,7 +247,12 @@ def test_bad_input(y_true, y_score, message):
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [([1.0], "each of the 2 users"), ([1.0, -1.0], "not negative"), ([1.0, np.nan], "finite")],
+    [
+        ([1.0], "each of the 2 users"),
+        ([1.0, -1.0], "not negative"),
+        ([1.0, np.nan], "finite"),
+        ([1.0, {}], "sample_weight must hold real numbers only: float"),
+    ],
 )
 def test_bad_weights(weights, message):
     with pytest.raises(ValueError, match=message):

@@ -274,6 +274,16 @@ def test_bad_parameters(make, message):
         make()
 
 
+def test_counts_beyond_all_arrays_are_just_large():
+    X = random_rows(0)
+    with pytest.raises(ValueError, match=f"No user has more than n={10**30} distinct items"):
+        next(LeaveLastOut(10**30).split(X))
+    with pytest.raises(ValueError, match=f"test_size={10**30} cannot be held out of"):
+        next(ColdUserSplit(10**30).split(X))
+    train, _ = next(PerUserHoldout(10**30, random_state=0).split(X))
+    assert len(pairs_of(X, train)) == len(set(X[:, 0]))
+
+
 def test_shuffle_is_a_flag():
     with pytest.raises(TypeError, match="shuffle must be True or False"):
         PerUserKFold(shuffle="yes")
