@@ -339,6 +339,37 @@ def as_ids(values: ArrayLike, *, source: str = "ids", column: str | None = None)
     )
 
 
+def one_or_many(values: ArrayLike, *, source: str) -> IdArray:
+    """Check ids of which there may be one alone.
+
+    Parameters
+    ----------
+    values : array-like of shape (n,), or one id
+    source : str
+        What error messages call the argument.
+
+    Returns
+    -------
+    ids : ndarray of shape (n,)
+        As of :func:`as_ids`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`as_ids`.
+
+    Examples
+    --------
+    >>> from fedrecsk.data.vocabulary import one_or_many
+    >>> one_or_many("ann", source="users"), one_or_many([3, 5], source="users")
+    (array(['ann'], dtype='<U3'), array([3, 5]))
+    """
+    # Not numpy.atleast_1d, which makes text of numbers beside text, and cuts the ends of text.
+    if isinstance(values, list | tuple) or np.ndim(values):
+        return as_ids(values, source=source)
+    return as_ids([values.item() if isinstance(values, np.ndarray) else values], source=source)
+
+
 def check_finite(array: NDArray[np.float64], source: str, column: str | None = None) -> None:
     """Raise ValueError where a float column has a NaN or an infinity, and say where.
 

@@ -21,7 +21,7 @@ from sklearn.callback import CallbackSupportMixin, with_callbacks
 from sklearn.utils.validation import check_is_fitted
 
 from fedrecsk.data.interactions import Columns, Interactions, encode, merge, read_columns
-from fedrecsk.data.vocabulary import Vocabulary
+from fedrecsk.data.vocabulary import Vocabulary, one_or_many
 from fedrecsk.engine.checkpoints import Checkpoints, describe, fingerprint
 from fedrecsk.engine.parallel import alone, is_main, of_main, ranks, together
 from fedrecsk.engine.rounds import Progress, Record
@@ -398,7 +398,7 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
         k = check_k(k)
         codes = np.arange(len(self.user_ids_))
         if users is not None:
-            codes, known = Vocabulary(self.user_ids_).encode(np.atleast_1d(users))
+            codes, known = Vocabulary(self.user_ids_).encode(one_or_many(users, source="users"))
             _warn_unknown(len(codes), int((~known).sum()), 0)
         columns = self._candidate_codes(candidates)
         width = min(k, len(columns))
@@ -443,7 +443,7 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
         """
         check_is_fitted(self)
         k = check_k(k)
-        wanted = np.atleast_1d(np.asarray(items))
+        wanted = one_or_many(items, source="items")
         codes, known = Vocabulary(self.item_ids_).encode(wanted)
         if not known.all():
             raise ValueError(
@@ -514,7 +514,8 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
     def _candidate_codes(self, candidates: ArrayLike | None) -> NDArray[np.int64]:
         if candidates is None:
             return np.arange(len(self.item_ids_))
-        codes, known = Vocabulary(self.item_ids_).encode(np.atleast_1d(candidates))
+        wanted = one_or_many(candidates, source="candidates")
+        codes, known = Vocabulary(self.item_ids_).encode(wanted)
         _warn_unknown(len(codes), 0, int((~known).sum()))
         if not known.any():
             raise ValueError(

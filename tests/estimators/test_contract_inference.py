@@ -178,6 +178,39 @@ def test_bad_k_is_refused(k, fitted):
             call()
 
 
+MANY = [2**53, 2**53 + 1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        (["1", 1], TypeError, "Numbers and text are mixed in"),  # not two texts
+        ([MANY[1], 0.5], ValueError, "Floats are mixed with integers"),  # nor user 2**53
+        (["1", None], ValueError, "contains NaN: 1 of 2"),
+        (np.ma.masked_equal([1, 2], 2), ValueError, "contains NaN: 1 of 2"),
+        ([["1"]], ValueError, r"to be a 1d array"),
+        ("1\0", ValueError, "ends in a NUL character"),
+        ({"1"}, TypeError, "not 'set'"),
+    ],
+)
+def test_ids_that_are_asked_for_are_read_as_those_of_fit(asked, error, message):
+    model = PopularityRecommender().fit([[user, user] for user in MANY])
+    for name, call in {
+        "users": model.recommend,
+        "items": model.similar_items,
+        "candidates": lambda ids: model.recommend(candidates=ids),
+    }.items():
+        with pytest.raises(error, match=rf"{message}.*\b{name}|\b{name}\b.*{message}"):
+            call(asked)
+
+
+@pytest.mark.parametrize("one", ["b", np.str_("b"), np.array("b"), ["b"], pl.Series(["b"])])
+def test_one_id_alone_is_asked_for_like_a_list_of_one(one):
+    model = PopularityRecommender().fit([["a", "b"], ["a", "c"], ["b", "c"]])
+    assert model.recommend(one, k=1)[0].tolist() == [["b"]]
+    assert model.similar_items(one)[0].tolist() == [["c"]]
+
+
 def test_lists_do_not_depend_on_the_batch(fitted, monkeypatch):
     users = [3, 9, 4, 999]
     with pytest.warns(UnknownIdWarning):
