@@ -15,6 +15,7 @@ from fedrecsk.exceptions import (
     NothingHeldOutError,
     NothingHeldOutWarning,
     NoUsableUploadError,
+    TooFewClientsError,
     UnknownIdWarning,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "NothingHeldOutError",
     "NothingHeldOutWarning",
     "PopularityRecommender",
+    "TooFewClientsError",
     "UnknownIdWarning",
     "__version__",
     "interactions_from_sparse",

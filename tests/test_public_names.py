@@ -24,6 +24,7 @@ PUBLIC = {
         "NothingHeldOutError",
         "NothingHeldOutWarning",
         "PopularityRecommender",
+        "TooFewClientsError",
         "UnknownIdWarning",
         "__version__",
         "interactions_from_sparse",

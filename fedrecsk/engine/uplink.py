@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from fedrecsk.engine.attacks import Attack
+from fedrecsk.engine.compression import Compression
 from fedrecsk.engine.defences import Defence
 from fedrecsk.engine.parallel import ranks
-from fedrecsk.engine.uploads import Uploads, UploadSums, add_uploads, screen
+from fedrecsk.engine.secure_sum import SecureSum
+from fedrecsk.engine.uploads import Residual, Uploads, UploadSums, add_uploads, screen
 from fedrecsk.exceptions import NoUsableUploadError
 
 
@@ -23,13 +25,25 @@ class Uplink:
         What dishonest clients make of theirs.
     defence : Defence or None
         How the server adds up; None adds everything that is not broken.
+    compression : Compression or None
+        How clients make their uploads smaller.
+    secure_sum : SecureSum or None
+        How clients add up themselves, so that the server sees sums alone; leaves no room for
+        compression or a defence.
     """
 
     attack: Attack | None = None
     defence: Defence | None = None
+    compression: Compression | None = None
+    secure_sum: SecureSum | None = None
 
     def receive(
-        self, uploads: Uploads, vectors: Tensor, table: Tensor, t: int
+        self,
+        uploads: Uploads,
+        vectors: Tensor,
+        table: Tensor,
+        t: int,
+        residual: Residual | None = None,
     ) -> tuple[UploadSums, int]:
         """Hand the uploads of a round to the server.
 
@@ -43,6 +57,8 @@ class Uplink:
             Before the round.
         t : int
             Number of the round.
+        residual : Residual, optional
+            What clients have kept in earlier rounds.
 
         Returns
         -------
@@ -57,13 +73,23 @@ class Uplink:
         """
         if ranks().size > 1:
             raise ValueError(
-                "attack and defence need all uploads of a round in one place: start one process."
+                "attack, defence, compression and secure_aggregation need all uploads of a round "
+                "in one place: start one process."
             )
-        n_clients = len(uploads.clients)
+        n_clients, (n_items, width) = len(uploads.clients), table.shape
         if self.attack is not None:
             uploads = self.attack.apply(uploads, vectors, table, t)
+        if self.secure_sum is not None:
+            summed = self.secure_sum.add(uploads, n_items, width, t)
+            return summed, n_clients - len(summed.clients)
+        n_bytes = None
+        if self.compression is not None:
+            uploads, residual, n_bytes = self.compression.apply(
+                uploads, residual, n_items, width, t
+            )
         usable = screen(uploads)
         if n_clients and not len(usable.clients):
             raise NoUsableUploadError(n_clients, t)
         add = add_uploads if self.defence is None else self.defence.add
-        return add(usable, len(table)), n_clients - len(usable.clients)
+        sums = replace(add(usable, n_items), bytes_up=n_bytes, residual=residual)
+        return sums, n_clients - len(usable.clients)

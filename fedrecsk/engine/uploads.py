@@ -125,6 +125,26 @@ class Uploads:
 
 
 @dataclass(frozen=True, eq=False)
+class Residual:
+    """What clients would have sent and have not yet, see `fedrecsk.engine.compression`.
+
+    Attributes
+    ----------
+    keys : Tensor of shape (K,), int64
+        ``client * n_items + item`` of each row.
+    rows : Tensor of shape (K, w)
+    clients : Tensor of shape (C,), int64
+        Codes of the clients with numbers.
+    numbers : Tensor of shape (C, m)
+    """
+
+    keys: Tensor
+    rows: Tensor
+    clients: Tensor
+    numbers: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class UploadSums:
     """What the server goes on with.
 
@@ -140,6 +160,12 @@ class UploadSums:
         Their weight.
     clients : ndarray
         Codes of the clients that were heard.
+    bytes_up : int or None
+        What all of them sent; None: what their rows and numbers take as they are.
+    bytes_down : int
+        What they got on top of the server's table.
+    residual : Residual or None
+        What clients have kept for later rounds.
     """
 
     rows: Tensor
@@ -147,6 +173,9 @@ class UploadSums:
     numbers: Tensor
     weight: Tensor
     clients: NDArray[np.int64]
+    bytes_up: int | None = None
+    bytes_down: int = 0
+    residual: Residual | None = None
 
 
 def add_uploads(uploads: Uploads, n_items: int) -> UploadSums:

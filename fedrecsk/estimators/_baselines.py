@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedrecsk.data.interactions import Interactions
 from fedrecsk.engine.attacks import AttackName
+from fedrecsk.engine.compression import CompressionName
 from fedrecsk.engine.defences import DefenceName
 from fedrecsk.engine.local import OptimizerName
 from fedrecsk.engine.participation import Availability, ClientSeconds
@@ -24,6 +25,7 @@ from fedrecsk.estimators._fedfnn import (
     simulate_fedfnn,
 )
 from fedrecsk.estimators._sklearn import Constraints
+from fedrecsk.estimators._uplink import SecureAggregation
 from fedrecsk.methods.fedfnn import SamplingName
 
 
@@ -75,6 +77,11 @@ class FedAvgRecommender(BaseRecommender):
     attack : str, default="gradient"
     attack_strength : float, default=10.0
     target_item : item id, default=None
+    compression : {"top-k", "quantised", "low-rank"} or None, default=None
+    compression_level : float or "auto", default="auto"
+    error_feedback : bool, default=True
+    secure_aggregation : bool or "simulate", default=False
+    secure_bits : int, default=32
     min_rating : float or None, default=None
     early_stopping : bool, default=False
     validation_fraction : float in (0, 1), default=0.1
@@ -156,6 +163,11 @@ class FedAvgRecommender(BaseRecommender):
         attack: AttackName = "gradient",
         attack_strength: float = 10.0,
         target_item: Any = None,
+        compression: CompressionName | None = None,
+        compression_level: float | Literal["auto"] = "auto",
+        error_feedback: bool = True,
+        secure_aggregation: SecureAggregation = False,
+        secure_bits: int = 32,
         min_rating: float | None = None,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -202,6 +214,11 @@ class FedAvgRecommender(BaseRecommender):
         self.attack = attack
         self.attack_strength = attack_strength
         self.target_item = target_item
+        self.compression = compression
+        self.compression_level = compression_level
+        self.error_feedback = error_feedback
+        self.secure_aggregation = secure_aggregation
+        self.secure_bits = secure_bits
         self.min_rating = min_rating
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
@@ -264,6 +281,11 @@ class FedAvgRecommender(BaseRecommender):
             attack=self.attack,
             attack_strength=self.attack_strength,
             target_item=self.target_item,
+            compression=self.compression,
+            compression_level=self.compression_level,
+            error_feedback=self.error_feedback,
+            secure_aggregation=self.secure_aggregation,
+            secure_bits=self.secure_bits,
             early_stopping=self.early_stopping,
             validation_fraction=self.validation_fraction,
             n_iter_no_change=self.n_iter_no_change,

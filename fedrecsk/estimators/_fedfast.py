@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fedrecsk.data.interactions import Interactions
 from fedrecsk.engine.attacks import AttackName
+from fedrecsk.engine.compression import CompressionName
 from fedrecsk.engine.defences import DefenceName
 from fedrecsk.engine.local import OptimizerName
 from fedrecsk.engine.participation import Availability, ClientSeconds
@@ -32,6 +33,8 @@ BCE_CONSTRAINTS: Constraints = {
     not in {
         "objective", "model", "n_graph_layers", "item_propagation", "sampling", "l2_exponent",
         "unobserved_weight", "item_curvature",
+        # It always looks at the vectors of single users.
+        "secure_aggregation", "secure_bits",
     }
 }  # fmt: skip
 
@@ -81,6 +84,9 @@ class FedFastRecommender(BaseRecommender):
     attack : str, default="gradient"
     attack_strength : float, default=10.0
     target_item : item id, default=None
+    compression : {"top-k", "quantised", "low-rank"} or None, default=None
+    compression_level : float or "auto", default="auto"
+    error_feedback : bool, default=True
     min_rating : float or None, default=None
     early_stopping : bool, default=False
     validation_fraction : float in (0, 1), default=0.1
@@ -160,6 +166,9 @@ class FedFastRecommender(BaseRecommender):
         attack: AttackName = "gradient",
         attack_strength: float = 10.0,
         target_item: Any = None,
+        compression: CompressionName | None = None,
+        compression_level: float | Literal["auto"] = "auto",
+        error_feedback: bool = True,
         min_rating: float | None = None,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -203,6 +212,9 @@ class FedFastRecommender(BaseRecommender):
         self.attack = attack
         self.attack_strength = attack_strength
         self.target_item = target_item
+        self.compression = compression
+        self.compression_level = compression_level
+        self.error_feedback = error_feedback
         self.min_rating = min_rating
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
@@ -265,6 +277,11 @@ class FedFastRecommender(BaseRecommender):
             attack=self.attack,
             attack_strength=self.attack_strength,
             target_item=self.target_item,
+            compression=self.compression,
+            compression_level=self.compression_level,
+            error_feedback=self.error_feedback,
+            secure_aggregation=False,
+            secure_bits=32,
             early_stopping=self.early_stopping,
             validation_fraction=self.validation_fraction,
             n_iter_no_change=self.n_iter_no_change,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedrecsk.data.interactions import Interactions
 from fedrecsk.engine.attacks import AttackName
+from fedrecsk.engine.compression import CompressionName
 from fedrecsk.engine.defences import DefenceName
 from fedrecsk.engine.device import resolve_device, torch_threads
 from fedrecsk.engine.local import Optimizer, OptimizerName
@@ -30,7 +31,12 @@ from fedrecsk.estimators._factors import (
     score_factor_pairs,
 )
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
-from fedrecsk.estimators._uplink import UPLINK_CONSTRAINTS, distrust
+from fedrecsk.estimators._uplink import (
+    UPLINK_CONSTRAINTS,
+    SecureAggregation,
+    check_sums_suffice,
+    distrust,
+)
 from fedrecsk.methods.fedfnn import (
     FactorState,
     ItemWeighting,
@@ -242,6 +248,22 @@ default="gradient"
         How much louder than honest clients they are.
     target_item : item id, default=None
         What shall be recommended; None: the least popular item.
+    compression : {"top-k", "quantised", "low-rank"} or None, default=None
+        How clients make their uploads smaller: they send the longest of their rows alone; rows in
+        a few bits; the product of two thin matrices. See `docs/communication.md`.
+    compression_level : float or "auto", default="auto"
+        Of ``"top-k"`` the share of its rows that a client sends, of ``"quantised"`` the bits of a
+        number, of ``"low-rank"`` the rank; ``"auto"``: 0.1, 4 and 2.
+    error_feedback : bool, default=True
+        With compression, clients keep what they have not sent and add it the next time.
+    secure_aggregation : bool or "simulate", default=False
+        Let clients mask their uploads, so that the server sees sums alone. What looks at single
+        uploads or users is refused: defences, predictors at work, stratified sampling. True does
+        the arithmetic and counts the bytes; ``"simulate"`` runs the whole protocol to the same
+        result, for small federations.
+    secure_bits : int in [2, 32], default=32
+        Of a masked number. Sums of n clients are exact to n half steps, with about
+        ``2**(secure_bits - 1) / n`` steps to the largest number.
     min_rating : float or None, default=None
         Drop weaker rows first.
     early_stopping : bool, default=False
@@ -397,6 +419,11 @@ default="gradient"
         attack: AttackName = "gradient",
         attack_strength: float = 10.0,
         target_item: Any = None,
+        compression: CompressionName | None = None,
+        compression_level: float | Literal["auto"] = "auto",
+        error_feedback: bool = True,
+        secure_aggregation: SecureAggregation = False,
+        secure_bits: int = 32,
         min_rating: float | None = None,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -454,6 +481,11 @@ default="gradient"
         self.attack = attack
         self.attack_strength = attack_strength
         self.target_item = target_item
+        self.compression = compression
+        self.compression_level = compression_level
+        self.error_feedback = error_feedback
+        self.secure_aggregation = secure_aggregation
+        self.secure_bits = secure_bits
         self.min_rating = min_rating
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
@@ -516,6 +548,11 @@ default="gradient"
             attack=self.attack,
             attack_strength=self.attack_strength,
             target_item=self.target_item,
+            compression=self.compression,
+            compression_level=self.compression_level,
+            error_feedback=self.error_feedback,
+            secure_aggregation=self.secure_aggregation,
+            secure_bits=self.secure_bits,
             early_stopping=self.early_stopping,
             validation_fraction=self.validation_fraction,
             n_iter_no_change=self.n_iter_no_change,
@@ -606,6 +643,11 @@ def simulate_fedfnn(
     attack: AttackName,
     attack_strength: float,
     target_item: Any,
+    compression: CompressionName | None,
+    compression_level: float | Literal["auto"],
+    error_feedback: bool,
+    secure_aggregation: SecureAggregation,
+    secure_bits: int,
     early_stopping: bool,
     validation_fraction: float,
     n_iter_no_change: int,
@@ -640,6 +682,13 @@ def simulate_fedfnn(
     # A refit replaces every vector that was only predicted before it is read; predictions that
     # training starts from leave their traces.
     kind = None if refit and (objective == "whole-data" or anchor) else predictor
+    if secure_aggregation:
+        check_sums_suffice(
+            defence=defence,
+            compression=compression,
+            predicts=kind is not None,
+            sampling=sampling,
+        )
     rows: NDArray[np.bool_] | slice = slice(None)
     validation = None
     if early_stopping or (kind is not None and patience_on == "ndcg"):
@@ -654,6 +703,11 @@ def simulate_fedfnn(
         attack=attack,
         attack_strength=attack_strength,
         target_item=target_item,
+        compression=compression,
+        compression_level=compression_level,
+        error_feedback=error_feedback,
+        secure_aggregation=secure_aggregation,
+        secure_bits=secure_bits,
     )
     shards = make_shards(around.data, rows, resolve_device(device))
     size = cohort_size(clients_per_round, data.n_clients)

@@ -1,10 +1,10 @@
-"""Who is dishonest, and what the server does about it, from an estimator's parameters."""
+"""What happens to uploads on their way to the server, from an estimator's parameters."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from numbers import Real
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from fedrecsk.engine.attacks import (
     draw_malicious,
     made_up_items,
 )
+from fedrecsk.engine.compression import Compression, CompressionName
 from fedrecsk.engine.defences import Defence, DefenceName
+from fedrecsk.engine.secure_sum import SecureSum
 from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.uplink import Uplink
 from fedrecsk.estimators._base import Attributes
@@ -33,7 +35,15 @@ UPLINK_CONSTRAINTS: Constraints = {
     ],
     "attack_strength": [Interval(Real, 0, None, closed="neither")],
     "target_item": "no_validation",
+    "compression": [StrOptions({"top-k", "quantised", "low-rank"}), None],
+    "compression_level": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
+    "error_feedback": ["boolean"],
+    "secure_aggregation": ["boolean", StrOptions({"simulate"})],
+    "secure_bits": [Interval(Integral, 2, 32, closed="both")],
 }
+# What "auto" stands for, by kind of compression; see benchmarks/compression.py.
+AUTO_LEVEL: dict[CompressionName, float] = {"top-k": 0.1, "quantised": 4, "low-rank": 2}
+SecureAggregation = bool | Literal["simulate"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,11 @@ def distrust(
     attack: AttackName,
     attack_strength: float,
     target_item: Any,
+    compression: CompressionName | None,
+    compression_level: float | Literal["auto"],
+    error_feedback: bool,
+    secure_aggregation: SecureAggregation,
+    secure_bits: int,
 ) -> Distrust:
     """Draw who is dishonest, and bind what happens to uploads.
 
@@ -73,7 +88,7 @@ def distrust(
     ----------
     data : Interactions
     streams : Streams
-    defence, ..., target_item
+    defence, ..., secure_bits
         As in `FedFNNRecommender`.
 
     Returns
@@ -100,12 +115,72 @@ def distrust(
                 streams=streams,
             )
             data = replace(data, item=items)
-    if dishonest is None and defence is None:
-        return Distrust(None, data, fitted)
-    rule = None
+    rule = packed = secure = None
     if defence is not None:
         rule = Defence(defence, float(assumed_malicious), float(clip_quantile))
-    return Distrust(Uplink(dishonest, rule), data, fitted)
+    if compression is not None:
+        level = _level(compression, compression_level)
+        packed = Compression(compression, level, bool(error_feedback), streams)
+    if secure_aggregation:
+        secure = SecureSum(int(secure_bits), secure_aggregation == "simulate", streams)
+    uplink = Uplink(dishonest, rule, packed, secure)
+    return Distrust(None if uplink == Uplink() else uplink, data, fitted)
+
+
+def check_sums_suffice(
+    *,
+    defence: DefenceName | None,
+    compression: CompressionName | None,
+    predicts: bool,
+    sampling: str,
+) -> None:
+    """Refuse secure aggregation where somebody wants to see more than sums.
+
+    Parameters
+    ----------
+    defence, compression, sampling
+        As in `FedFNNRecommender`.
+    predicts : bool
+        Whether a predictor is at work.
+    """
+    reasons = []
+    if defence is not None:
+        what = "lengths" if defence == "clip" else "values"
+        reasons.append(f'defence="{defence}" compares the {what} of single uploads')
+    if compression is not None:
+        reasons.append(
+            f'compression="{compression}" saves nothing under masks, which are as long as the table'
+        )
+    if predicts:
+        reasons.append("predictor learns from the vectors of single users; use predictor=None")
+    if sampling == "stratified":
+        reasons.append('sampling="stratified" clusters the vectors of single users')
+    if reasons:
+        raise ValueError(
+            f"secure_aggregation shows the server sums alone, but {'; '.join(reasons)}. "
+            "Leave one of them out."
+        )
+
+
+def _level(kind: CompressionName, level: float | Literal["auto"]) -> float:
+    """Resolve the level of a compression, whose meaning depends on its kind."""
+    if level == "auto":
+        return AUTO_LEVEL[kind]
+    if kind == "top-k" and level > 1:
+        raise ValueError(
+            f'compression_level={level} is no share of the rows: with compression="top-k" it lies '
+            "in (0, 1]."
+        )
+    if kind == "quantised" and level not in range(2, 33):
+        raise ValueError(
+            f'compression_level={level} is no number of bits: with compression="quantised" it is '
+            "2, 3, ... or 32."
+        )
+    if kind == "low-rank" and level != int(level):
+        raise ValueError(
+            f'compression_level={level} is no rank: with compression="low-rank" it is 1, 2, ...'
+        )
+    return float(level)
 
 
 def _target(data: Interactions, target_item: Any) -> int:

@@ -51,7 +51,7 @@ from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
 from fedrecsk.engine.uplink import Uplink
-from fedrecsk.engine.uploads import Uploads
+from fedrecsk.engine.uploads import Residual, Uploads, UploadSums
 from fedrecsk.exceptions import NoUsableUploadError
 from fedrecsk.methods.delegate_sums import DelegateSums, uploads_of
 from fedrecsk.methods.meta_network import PredictorName, cluster_labels, predict_updates
@@ -114,6 +114,8 @@ class FactorState:
     watch : PredictionWatch
     first_round : int
         Number of the fit's first round; schedules count from there.
+    residual : Residual or None
+        What clients that compress their uploads have kept for later; it lies with them.
     """
 
     user_factors: Tensor
@@ -128,6 +130,7 @@ class FactorState:
     statistics: whole_data.ServerStatistics
     watch: PredictionWatch
     first_round: int
+    residual: Residual | None = None
 
     @classmethod
     def start(
@@ -341,10 +344,11 @@ def bce_step(
             kept = torch.ones_like(share, dtype=torch.bool) if broken is None else ~broken
             sent.append((own.of(kept), means[kept]))
     sums.finish()
+    received = None
     if uplink is not None and sums.n_broken < len(delegates):
         uploads = Uploads.join([own for own, _ in sent])
         received, n_rejected = uplink.receive(
-            uploads, torch.cat([means for _, means in sent]), table, t
+            uploads, torch.cat([means for _, means in sent]), table, t, state.residual
         )
         sums.take(received, len(delegates), n_rejected)
     if 0 < len(delegates) == sums.n_broken:
@@ -399,8 +403,17 @@ def bce_step(
         statistics=statistics,
         times_sampled=_counted(state, shards, delegates, in_place=in_place),
         turns=_taken(state, delegates, in_place=in_place),
+        residual=received.residual if received else state.residual,
     )
-    return new, logs
+    return new, _as_sent(logs, received)
+
+
+def _as_sent(logs: Logs, received: UploadSums | None) -> Logs:
+    """Put in the bytes of an uplink through which clients send something else than their rows."""
+    if received is None or received.bytes_up is None:
+        return logs
+    more = {"bytes_up": received.bytes_up, "bytes_down": logs["bytes_down"] + received.bytes_down}
+    return {**logs, **more}
 
 
 def _share_of_rows(cohort: Cohort, total_rows: float) -> Tensor:
@@ -539,8 +552,9 @@ def whole_data_step(
         if uplink is not None:
             sent.append((whole_data.uploads_of(cohort, users, items), users))
     n_rejected = len(np.unique(np.concatenate(broken))) if broken else 0
+    received = None
     if uplink is not None and total.n_users:
-        received, more = whole_data.receive(uplink, sent, items, t)
+        received, more = whole_data.receive(uplink, sent, items, t, state.residual)
         total = total.with_received(received, shards.client_users)
         n_rejected += more
     total = total.of_all_processes()
@@ -579,8 +593,9 @@ def whole_data_step(
         statistics=statistics,
         times_sampled=_counted(state, shards, delegates, in_place=in_place),
         turns=_taken(state, delegates, in_place=in_place),
+        residual=received.residual if received else state.residual,
     )
-    return new, logs
+    return new, _as_sent(logs, received)
 
 
 def prediction_step(

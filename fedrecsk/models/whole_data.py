@@ -37,7 +37,7 @@ from fedrecsk.engine.mixing import csc_product, csr_product, mean_rows, row_offs
 from fedrecsk.engine.parallel import add_up
 from fedrecsk.engine.shards import Cohort
 from fedrecsk.engine.uplink import Uplink
-from fedrecsk.engine.uploads import Uploads, UploadSums
+from fedrecsk.engine.uploads import Residual, Uploads, UploadSums
 
 # Keeps solves regular where a user or an item has no data at all.
 JITTER = 1e-6
@@ -324,7 +324,11 @@ def uploads_of(
 
 
 def receive(
-    uplink: Uplink, sent: Sequence[tuple[Uploads, Tensor]], item_factors: Tensor, t: int
+    uplink: Uplink,
+    sent: Sequence[tuple[Uploads, Tensor]],
+    item_factors: Tensor,
+    t: int,
+    residual: Residual | None = None,
 ) -> tuple[UploadSums, int]:
     """Hand users' uploads to an uplink, client by client.
 
@@ -335,6 +339,8 @@ def receive(
         From `uploads_of`, and the users' vectors.
     item_factors : Tensor of shape (n_items, d)
     t : int
+    residual : Residual, optional
+        What clients have held back of earlier uploads.
 
     Returns
     -------
@@ -345,7 +351,8 @@ def receive(
     clients, place = np.unique(uploads.clients, return_inverse=True)
     vectors = torch.cat([users for _, users in sent])
     means = mean_rows(vectors, torch.from_numpy(place).to(vectors.device), len(clients))
-    return uplink.receive(uploads.by_client(len(item_factors)), means, item_factors, t)
+    uploads = uploads.by_client(len(item_factors))
+    return uplink.receive(uploads, means, item_factors, t, residual)
 
 
 class _Pairs:

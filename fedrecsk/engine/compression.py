@@ -1,0 +1,392 @@
+"""Uploads made smaller on the client, and what that leaves for later.
+
+- ``"top-k"``: of the rows that a client would send, the longest; of a network's weights, the
+  largest.
+- ``"quantised"``: every row as a scale and small whole numbers, in the manner of QSGD (Alistarh et
+  al., NeurIPS 2017), and a network's weights likewise.
+- ``"low-rank"``: the client's rows as the product of two thin matrices, the best of their rank.
+
+With error feedback (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019) a client keeps
+what it has not sent and adds it to what it would send the next time it takes part. Whatever a
+client ever wanted to say then arrives, or is in its `Residual`. Quantising goes to the nearest
+level in that case; without, at random to one of the two around, so as to be right on average.
+
+Columns of a row beyond those of the table (counts, curvature) go along as they are. Numbers that
+make a square as wide as the table are a matrix Σ u uᵀ, which is symmetric, so only one half of it
+is sent; as ``"low-rank"`` its leading eigenvectors; ``"top-k"`` leaves it whole, as a matrix
+without its small entries is another one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedrecsk.engine.mixing import weighted_mean
+from fedrecsk.engine.streams import Streams, counter_uniform, derived_key
+from fedrecsk.engine.traffic import FLOAT_BYTES, INDEX_BYTES, dense_bytes, sparse_row_bytes
+from fedrecsk.engine.uploads import Residual, Uploads
+
+CompressionName = Literal["top-k", "quantised", "low-rank"]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How clients make their uploads smaller.
+
+    Parameters
+    ----------
+    name : {"top-k", "quantised", "low-rank"}
+    level : float
+        Of ``"top-k"``, the share of its rows that a client sends, rounded up; of ``"quantised"``,
+        the bits of a number, at least 2; of ``"low-rank"``, the rank.
+    error_feedback : bool
+    streams : Streams
+    """
+
+    name: CompressionName
+    level: float
+    error_feedback: bool
+    streams: Streams
+
+    def apply(
+        self, uploads: Uploads, residual: Residual | None, n_items: int, width: int, t: int
+    ) -> tuple[Uploads, Residual | None, int]:
+        """Compress what clients send.
+
+        Parameters
+        ----------
+        uploads : Uploads
+        residual : Residual or None
+            What all clients have kept so far.
+        n_items, width : int
+            Shape of the table.
+        t : int
+            Number of the round.
+
+        Returns
+        -------
+        sent : Uploads
+            As the server unpacks them.
+        residual : Residual or None
+            What all clients keep now; None without error feedback.
+        n_bytes : int
+            Of all clients of the round.
+        """
+        wanted, left = uploads, residual
+        if self.error_feedback and residual is not None:
+            wanted, left = _with_residual(uploads, residual, n_items, whole=self.name == "top-k")
+        key = self.streams.key("compression", t)
+        counts = torch.bincount(uploads.row_clients, minlength=len(uploads.clients))
+        if self.name == "top-k":
+            sent, kept, n_bytes = _longest(wanted, counts, self.level, width)
+        else:
+            kept = torch.ones(len(wanted.rows), dtype=torch.bool, device=wanted.rows.device)
+            if self.name == "quantised":
+                draw = None if self.error_feedback else _draws(wanted, n_items, key)
+                sent, n_bytes = _quantised(wanted, int(self.level), width, draw)
+            else:
+                sent, n_bytes = _low_rank(wanted, int(self.level), width)
+        after = _after(wanted, sent, kept, left, n_items) if self.error_feedback else None
+        return (
+            replace(
+                sent,
+                row_clients=sent.row_clients[kept],
+                row_items=sent.row_items[kept],
+                rows=sent.rows[kept],
+                row_weights=sent.row_weights[kept],
+            ),
+            after,
+            n_bytes,
+        )
+
+
+# Error feedback ----------------------------------------------------------------------------------
+
+
+def _with_residual(
+    uploads: Uploads, residual: Residual, n_items: int, *, whole: bool
+) -> tuple[Uploads, Residual]:
+    """Add what clients have kept to what they send, and return the rest of the residual.
+
+    With `whole`, also rows that a client does not send this time. They weigh as much as its
+    others do on average; a client without any keeps them.
+    """
+    codes = torch.from_numpy(uploads.clients).to(residual.keys.device)
+    owner = codes[uploads.row_clients]
+    keys = owner * n_items + uploads.row_items
+    # All of the residual is looked at once, for its clients; what follows is about the round's.
+    place = _places(codes, residual.keys // n_items)
+    senders = torch.zeros(len(codes) + 1, dtype=torch.bool, device=codes.device)
+    senders[uploads.row_clients] = True
+    theirs = torch.nonzero(senders[place])[:, 0]
+    order = torch.argsort(residual.keys[theirs])
+    theirs = theirs[order]
+    old_keys, old_rows = residual.keys[theirs], residual.rows[theirs]
+    added, hit = _looked_up(keys, old_keys, old_rows)
+    of_numbers = torch.argsort(residual.clients)
+    of_clients, _ = _looked_up(codes, residual.clients[of_numbers], residual.numbers[of_numbers])
+    wanted = replace(uploads, rows=uploads.rows + added, numbers=uploads.numbers + of_clients)
+    taken = torch.zeros(len(theirs), dtype=torch.bool, device=codes.device)
+    taken[hit] = True
+    if whole:
+        by = place[theirs][~taken]
+        wanted = replace(
+            wanted,
+            row_clients=torch.cat([uploads.row_clients, by]),
+            row_items=torch.cat([uploads.row_items, old_keys[~taken] % n_items]),
+            rows=torch.cat([wanted.rows, old_rows[~taken]]),
+            row_weights=torch.cat([uploads.row_weights, _mean_weights(uploads)[by]]),
+        )
+        taken[:] = True
+    left = torch.ones(len(residual.keys), dtype=torch.bool, device=codes.device)
+    left[theirs[taken]] = False
+    others = _places(codes, residual.clients) == len(codes)
+    return wanted, Residual(
+        keys=residual.keys[left],
+        rows=residual.rows[left],
+        clients=residual.clients[others],
+        numbers=residual.numbers[others],
+    )
+
+
+def _after(
+    wanted: Uploads, sent: Uploads, kept: Tensor, left: Residual | None, n_items: int
+) -> Residual:
+    """Keep the difference of what clients wanted to send (K, w) and sent, of rows that are kept."""
+    codes = torch.from_numpy(wanted.clients).to(wanted.rows.device)
+    keys = codes[wanted.row_clients] * n_items + wanted.row_items
+    rows = wanted.rows - torch.where(kept[:, None], sent.rows, 0.0)
+    numbers = wanted.numbers - sent.numbers
+    some, any_number = (
+        _beyond_rounding(rows, wanted.rows),
+        _beyond_rounding(numbers, wanted.numbers),
+    )
+    keys, rows = keys[some], rows[some]
+    codes, numbers = codes[any_number], numbers[any_number]
+    if left is not None:
+        keys, rows = torch.cat([left.keys, keys]), torch.cat([left.rows, rows])
+        codes, numbers = torch.cat([left.clients, codes]), torch.cat([left.numbers, numbers])
+    return Residual(keys=keys, rows=rows, clients=codes, numbers=numbers)
+
+
+def _beyond_rounding(difference: Tensor, values: Tensor) -> Tensor:
+    """Rows (n,) in which a difference is more than the rounding of the values."""
+    if not values.numel():
+        return torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    tiny = 4.0 * torch.finfo(values.dtype).eps
+    # Not <=, which what is not a number would not be, and nobody keeps that.
+    return difference.abs().amax(1) > tiny * values.abs().amax(1)
+
+
+def _places(codes: Tensor, wanted: Tensor) -> Tensor:
+    """Positions (n,) of clients among the codes (C,) of a round; C for those that are not there."""
+    order = torch.argsort(codes)
+    place = torch.searchsorted(codes[order], wanted).clamp_max(len(codes) - 1)
+    place = order[place]
+    return torch.where(codes[place] == wanted, place, len(codes))
+
+
+def _looked_up(keys: Tensor, known: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (n, w) of keys (n,), zero where one is not among the sorted ones; those found."""
+    if not len(known):
+        return values.new_zeros(len(keys), values.shape[1]), keys[:0]
+    place = torch.searchsorted(known, keys).clamp_max(len(known) - 1)
+    found = known[place] == keys
+    return torch.where(found[:, None], values[place], 0.0), place[found]
+
+
+def _mean_weights(uploads: Uploads) -> Tensor:
+    """Mean weight (C,) of each client's rows."""
+    total, count = (
+        torch.zeros_like(uploads.weights).index_add_(0, uploads.row_clients, values)
+        for values in (uploads.row_weights, torch.ones_like(uploads.row_weights))
+    )
+    return weighted_mean(total[:, None], count)[:, 0]
+
+
+# What is sent ------------------------------------------------------------------------------------
+
+
+def _longest(
+    wanted: Uploads, counts: Tensor, share: float, width: int
+) -> tuple[Uploads, Tensor, int]:
+    """Keep of each client's rows a share of as many (C,) as it has touched; mask (K,), bytes."""
+    allowed = (counts.double() * share - 1e-9).ceil().to(torch.int64)
+    lengths = wanted.rows[:, :width].square().sum(1)
+    order = torch.argsort(lengths, descending=True, stable=True)
+    order = order[torch.argsort(wanted.row_clients[order], stable=True)]
+    sizes = torch.bincount(wanted.row_clients, minlength=len(counts))
+    rank = torch.arange(len(order), device=order.device)
+    rank -= (sizes.cumsum(0) - sizes)[wanted.row_clients[order]]
+    kept = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+    kept[order] = rank < allowed[wanted.row_clients[order]]
+    n_bytes = sparse_row_bytes(int(kept.sum()), wanted.rows.shape[1])
+    n_clients, n_numbers = wanted.numbers.shape
+    if n_numbers == width * width:
+        return wanted, kept, n_bytes + n_clients * dense_bytes((_half(width),))
+    n_kept = math.ceil(n_numbers * share - 1e-9)
+    if n_kept * (FLOAT_BYTES + INDEX_BYTES) >= dense_bytes((n_numbers,)):
+        return wanted, kept, n_bytes + n_clients * dense_bytes((n_numbers,))
+    places = wanted.numbers.abs().topk(n_kept, dim=1).indices
+    numbers = torch.zeros_like(wanted.numbers).scatter(1, places, wanted.numbers.gather(1, places))
+    n_bytes += n_clients * n_kept * (FLOAT_BYTES + INDEX_BYTES)
+    return replace(wanted, numbers=numbers), kept, n_bytes
+
+
+def _quantised(
+    wanted: Uploads, bits: int, width: int, draw: Callable[[int], tuple[Tensor, Tensor]] | None
+) -> tuple[Uploads, int]:
+    """Write rows and numbers with few bits; `draw` gives the random part for a width."""
+    n_rows, n_columns = wanted.rows.shape
+    n_clients, n_numbers = wanted.numbers.shape
+    is_matrix = n_numbers == width * width
+    numbers = wanted.numbers
+    if is_matrix:
+        upper = torch.triu_indices(width, width, device=numbers.device)
+        numbers = numbers.reshape(-1, width, width)[:, upper[0], upper[1]]
+    of_rows, of_numbers = (None, None) if draw is None else draw(numbers.shape[1])
+    rows = rounded(wanted.rows[:, :width], bits, None if of_rows is None else of_rows[:, :width])
+    numbers = rounded(numbers, bits, of_numbers)
+    n_sent = numbers.shape[1]
+    if is_matrix:
+        whole = wanted.numbers.new_zeros(n_clients, width, width)
+        whole[:, upper[0], upper[1]] = numbers
+        whole[:, upper[1], upper[0]] = numbers
+        numbers = whole.flatten(1)
+    # A row: its number, its scale, the small numbers, and the columns beyond the table's.
+    n_bytes = n_rows * (INDEX_BYTES + _packed(width, bits) + FLOAT_BYTES * (n_columns - width))
+    n_bytes += n_clients * (_packed(n_sent, bits) if n_sent else 0)
+    rows = torch.cat([rows, wanted.rows[:, width:]], 1)
+    return replace(wanted, rows=rows, numbers=numbers), n_bytes
+
+
+def _packed(n: int, bits: int) -> int:
+    """Bytes of a scale and n numbers of some bits."""
+    return FLOAT_BYTES + math.ceil(n * bits / 8)
+
+
+def rounded(values: Tensor, bits: int, draws: Tensor | None = None) -> Tensor:
+    """Round each row to whole multiples of a fraction of its largest number.
+
+    Parameters
+    ----------
+    values : Tensor of shape (n, w)
+    bits : int
+        Of a multiple, its sign among them: there are ``2**(bits - 1) - 1`` on either side of 0.
+    draws : Tensor of shape (n, w), optional
+        Uniform in [0, 1): round at random, so as to be right on average; default: to the nearest.
+
+    Returns
+    -------
+    Tensor of shape (n, w)
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fedrecsk.engine.compression import rounded
+    >>> rounded(torch.tensor([[3.0, -1.2, 0.4]]), bits=3)
+    tensor([[ 3., -1.,  0.]])
+    """
+    if not values.numel():
+        return values
+    levels = 2 ** (bits - 1) - 1
+    scale = values.abs().amax(1, keepdim=True).double()
+    steps = values.double() * (levels / torch.where(scale > 0, scale, 1.0))
+    steps = steps.round() if draws is None else (steps + draws).floor()
+    near: Tensor = (steps * (scale / levels)).to(values.dtype)
+    return near
+
+
+def _draws(wanted: Uploads, n_items: int, key: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Give uniform numbers by client, item and column, whatever the order of the rows."""
+    device = wanted.rows.device
+    codes = torch.from_numpy(wanted.clients).to(device)
+
+    def draw(n_numbers: int) -> tuple[Tensor, Tensor]:
+        rows = (codes[wanted.row_clients] * n_items + wanted.row_items)[:, None]
+        columns = torch.arange(wanted.rows.shape[1], device=device)
+        numbers = torch.arange(n_numbers, device=device)
+        return (
+            counter_uniform(key, rows, columns),
+            counter_uniform(derived_key(key, "numbers"), codes[:, None], numbers),
+        )
+
+    return draw
+
+
+def _low_rank(wanted: Uploads, rank: int, width: int) -> tuple[Uploads, int]:
+    """Put the best approximation of a rank in the place of each client's rows, and of matrices."""
+    n_columns = wanted.rows.shape[1]
+    n_clients, n_numbers = wanted.numbers.shape
+    counts = torch.bincount(wanted.row_clients, minlength=n_clients)
+    order = torch.argsort(wanted.row_clients, stable=True)
+    # In double precision: the squares below halve the digits.
+    vectors = wanted.rows[order, :width].double()
+    parts = torch.split(vectors, counts.tolist())
+    grams = torch.stack([part.T @ part for part in parts])
+    # Where two factors take less than what they stand for; of what is not finite there are none.
+    smaller = torch.tensor([rank * (len(part) + width) < len(part) * width for part in parts])
+    smaller &= grams.isfinite().all(2).all(1).cpu()
+    rows = wanted.rows.clone()
+    if bool(smaller.any()):
+        grams = torch.where(smaller.to(grams.device)[:, None, None], grams, 0.0)
+        leading = torch.linalg.eigh(grams).eigenvectors[:, :, -rank:]  # (C, width, rank)
+        near = torch.cat(
+            [
+                part @ basis @ basis.T if small else part
+                for part, basis, small in zip(parts, leading, smaller.tolist(), strict=True)
+            ]
+        )
+        rows[order, :width] = near.to(rows.dtype)
+    n_bytes = sparse_row_bytes(len(rows), n_columns - width)
+    for n, small in zip(counts.tolist(), smaller.tolist(), strict=True):
+        n_bytes += dense_bytes((rank, n + width) if small else (n, width))
+    numbers = wanted.numbers
+    if n_numbers != width * width:
+        return replace(wanted, rows=rows), n_bytes + dense_bytes((n_clients, n_numbers))
+    # Eigenvectors, and an eigenvalue each.
+    if rank * (width + 1) >= _half(width):
+        return replace(wanted, rows=rows), n_bytes + dense_bytes((n_clients, _half(width)))
+    numbers = leading_part(numbers.reshape(-1, width, width), rank).flatten(1)
+    n_bytes += dense_bytes((n_clients, rank, width + 1))
+    return replace(wanted, rows=rows, numbers=numbers), n_bytes
+
+
+def leading_part(matrices: Tensor, rank: int) -> Tensor:
+    """Best approximations of a rank to symmetric matrices.
+
+    Parameters
+    ----------
+    matrices : Tensor of shape (C, w, w)
+    rank : int
+
+    Returns
+    -------
+    Tensor of shape (C, w, w)
+        Matrices that are not finite stay as they are.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fedrecsk.engine.compression import leading_part
+    >>> leading_part(torch.diag(torch.tensor([1.0, -4.0, 2.0]))[None], rank=2)[0].diagonal()
+    tensor([ 0., -4.,  2.])
+    """
+    finite = matrices.isfinite().all(2).all(1)[:, None, None]
+    values, vectors = torch.linalg.eigh(torch.where(finite, matrices, 0.0).double())
+    chosen = values.abs().topk(rank, dim=1).indices
+    values = values.gather(1, chosen)
+    vectors = vectors.gather(2, chosen[:, None, :].expand(-1, vectors.shape[1], -1))
+    near = ((vectors * values[:, None, :]) @ vectors.mT).to(matrices.dtype)
+    return torch.where(finite, near, matrices)
+
+
+def _half(width: int) -> int:
+    """Numbers in one half of a symmetric matrix, the diagonal included."""
+    return width * (width + 1) // 2
