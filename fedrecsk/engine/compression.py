@@ -78,9 +78,10 @@ class Compression:
         n_bytes : int
             Of all clients of the round.
         """
-        wanted, left = uploads, residual
-        if self.error_feedback and residual is not None:
-            wanted, left = _with_residual(uploads, residual, n_items, whole=self.name == "top-k")
+        before: Residual = residual or {}
+        wanted, left = uploads, None
+        if self.error_feedback and before:
+            wanted, left = _with_residual(uploads, before, n_items, whole=self.name == "top-k")
         key = self.streams.key("compression", t)
         counts = torch.bincount(uploads.row_clients, minlength=len(uploads.clients))
         if self.name == "top-k":
@@ -92,7 +93,9 @@ class Compression:
                 sent, n_bytes = _quantised(wanted, int(self.level), width, draw)
             else:
                 sent, n_bytes = _low_rank(wanted, int(self.level), width)
-        after = _after(wanted, sent, kept, left, n_items) if self.error_feedback else None
+        after = None
+        if self.error_feedback:
+            after = before | _after(wanted, sent, kept, left, n_items)
         return (
             replace(
                 sent,
@@ -111,68 +114,84 @@ class Compression:
 
 def _with_residual(
     uploads: Uploads, residual: Residual, n_items: int, *, whole: bool
-) -> tuple[Uploads, Residual]:
-    """Add what clients have kept to what they send, and return the rest of the residual.
+) -> tuple[Uploads, tuple[Tensor, Tensor]]:
+    """Add what clients have kept to what they send, and return what they go on keeping.
 
     With `whole`, also rows that a client does not send this time. They weigh as much as its
     others do on average; a client without any keeps them.
+
+    Returns
+    -------
+    wanted : Uploads
+    left : tuple of Tensor (K,) and Tensor (K, w)
+        Rows by ``place * n_items + item``, the place being that of the client in the round.
     """
-    codes = torch.from_numpy(uploads.clients).to(residual.keys.device)
-    owner = codes[uploads.row_clients]
-    keys = owner * n_items + uploads.row_items
-    # All of the residual is looked at once, for its clients; what follows is about the round's.
-    place = _places(codes, residual.keys // n_items)
-    senders = torch.zeros(len(codes) + 1, dtype=torch.bool, device=codes.device)
-    senders[uploads.row_clients] = True
-    theirs = torch.nonzero(senders[place])[:, 0]
-    order = torch.argsort(residual.keys[theirs])
-    theirs = theirs[order]
-    old_keys, old_rows = residual.keys[theirs], residual.rows[theirs]
-    added, hit = _looked_up(keys, old_keys, old_rows)
-    of_numbers = torch.argsort(residual.clients)
-    of_clients, _ = _looked_up(codes, residual.clients[of_numbers], residual.numbers[of_numbers])
-    wanted = replace(uploads, rows=uploads.rows + added, numbers=uploads.numbers + of_clients)
-    taken = torch.zeros(len(theirs), dtype=torch.bool, device=codes.device)
-    taken[hit] = True
+    numbers = uploads.numbers.clone()
+    old_keys, old_rows = uploads.row_items[:0], uploads.rows[:0]
+    known = [
+        (place, *residual[str(code)])
+        for place, code in enumerate(uploads.clients.tolist())
+        if str(code) in residual
+    ]
+    if known:
+        old_keys = torch.cat([place * n_items + items for place, items, _, _ in known])
+        old_rows = torch.cat([rows for _, _, rows, _ in known])
+        for place, _, _, own in known:
+            if len(own):
+                numbers[place] += own
+    keys = uploads.row_clients * n_items + uploads.row_items
+    added, found = _looked_up(keys, old_keys, old_rows)
+    wanted = replace(uploads, rows=uploads.rows + added, numbers=numbers)
+    left = torch.ones(len(old_keys), dtype=torch.bool, device=keys.device)
+    left[found] = False
     if whole:
-        by = place[theirs][~taken]
+        sends = torch.zeros(len(numbers), dtype=torch.bool, device=keys.device)
+        sends[uploads.row_clients] = True
+        more = left & sends[old_keys // n_items]
+        by = old_keys[more] // n_items
         wanted = replace(
             wanted,
             row_clients=torch.cat([uploads.row_clients, by]),
-            row_items=torch.cat([uploads.row_items, old_keys[~taken] % n_items]),
-            rows=torch.cat([wanted.rows, old_rows[~taken]]),
+            row_items=torch.cat([uploads.row_items, old_keys[more] % n_items]),
+            rows=torch.cat([wanted.rows, old_rows[more]]),
             row_weights=torch.cat([uploads.row_weights, _mean_weights(uploads)[by]]),
         )
-        taken[:] = True
-    left = torch.ones(len(residual.keys), dtype=torch.bool, device=codes.device)
-    left[theirs[taken]] = False
-    others = _places(codes, residual.clients) == len(codes)
-    return wanted, Residual(
-        keys=residual.keys[left],
-        rows=residual.rows[left],
-        clients=residual.clients[others],
-        numbers=residual.numbers[others],
-    )
+        left &= ~more
+    return wanted, (old_keys[left], old_rows[left])
 
 
 def _after(
-    wanted: Uploads, sent: Uploads, kept: Tensor, left: Residual | None, n_items: int
+    wanted: Uploads,
+    sent: Uploads,
+    kept: Tensor,
+    left: tuple[Tensor, Tensor] | None,
+    n_items: int,
 ) -> Residual:
     """Keep the difference of what clients wanted to send (K, w) and sent, of rows that are kept."""
-    codes = torch.from_numpy(wanted.clients).to(wanted.rows.device)
-    keys = codes[wanted.row_clients] * n_items + wanted.row_items
+    keys = wanted.row_clients * n_items + wanted.row_items
     rows = wanted.rows - torch.where(kept[:, None], sent.rows, 0.0)
     numbers = wanted.numbers - sent.numbers
-    some, any_number = (
-        _beyond_rounding(rows, wanted.rows),
-        _beyond_rounding(numbers, wanted.numbers),
-    )
+    some = _beyond_rounding(rows, wanted.rows)
     keys, rows = keys[some], rows[some]
-    codes, numbers = codes[any_number], numbers[any_number]
     if left is not None:
-        keys, rows = torch.cat([left.keys, keys]), torch.cat([left.rows, rows])
-        codes, numbers = torch.cat([left.clients, codes]), torch.cat([left.numbers, numbers])
-    return Residual(keys=keys, rows=rows, clients=codes, numbers=numbers)
+        keys, rows = torch.cat([left[0], keys]), torch.cat([left[1], rows])
+    order = torch.argsort(keys)
+    keys, rows = keys[order], rows[order]
+    n_clients = len(wanted.clients)
+    ends = torch.searchsorted(keys, n_items * torch.arange(n_clients + 1, device=keys.device))
+    items, bounds = keys % n_items, ends.tolist()
+    some_number = _beyond_rounding(numbers, wanted.numbers).tolist()
+    # Copies: views would keep the rows of the whole round in memory.
+    return {
+        str(code): (
+            items[start:end].clone(),
+            rows[start:end].clone(),
+            numbers[place, : None if some_number[place] else 0].clone(),
+        )
+        for place, (code, start, end) in enumerate(
+            zip(wanted.clients.tolist(), bounds, bounds[1:], strict=False)
+        )
+    }
 
 
 def _beyond_rounding(difference: Tensor, values: Tensor) -> Tensor:
@@ -182,14 +201,6 @@ def _beyond_rounding(difference: Tensor, values: Tensor) -> Tensor:
     tiny = 4.0 * torch.finfo(values.dtype).eps
     # Not <=, which what is not a number would not be, and nobody keeps that.
     return difference.abs().amax(1) > tiny * values.abs().amax(1)
-
-
-def _places(codes: Tensor, wanted: Tensor) -> Tensor:
-    """Positions (n,) of clients among the codes (C,) of a round; C for those that are not there."""
-    order = torch.argsort(codes)
-    place = torch.searchsorted(codes[order], wanted).clamp_max(len(codes) - 1)
-    place = order[place]
-    return torch.where(codes[place] == wanted, place, len(codes))
 
 
 def _looked_up(keys: Tensor, known: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

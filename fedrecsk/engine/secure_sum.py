@@ -258,7 +258,7 @@ def _parts(uploads: Uploads, n_items: int, width: int) -> list[_Part]:
     weights = uploads.weights.double()[:, None]
     of_rows = [
         rows[:, :width],
-        *torch.split(rows[:, width:], 1, dim=1),
+        *(rows[:, column : column + 1] for column in range(width, rows.shape[1])),
         uploads.row_weights.double()[:, None],
     ]
     return [

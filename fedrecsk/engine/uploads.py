@@ -26,6 +26,9 @@ from fedrecsk.engine.mixing import scatter_sum
 # A client whose upload is so many times as long as that of the median client is broken: clients
 # with much data are longer than others, but by one order of magnitude and not by two.
 EXPLODED = 100.0
+# What clients would have sent and have not yet, see `fedrecsk.engine.compression`. By client code,
+# as text: items (K,) in ascending order, their rows (K, w), and numbers (m,) if there are some.
+Residual = dict[str, tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,26 +125,6 @@ class Uploads:
     def with_rows(self, rows: Tensor) -> Uploads:
         """Return the same with other rows (K, w)."""
         return replace(self, rows=rows)
-
-
-@dataclass(frozen=True, eq=False)
-class Residual:
-    """What clients would have sent and have not yet, see `fedrecsk.engine.compression`.
-
-    Attributes
-    ----------
-    keys : Tensor of shape (K,), int64
-        ``client * n_items + item`` of each row.
-    rows : Tensor of shape (K, w)
-    clients : Tensor of shape (C,), int64
-        Codes of the clients with numbers.
-    numbers : Tensor of shape (C, m)
-    """
-
-    keys: Tensor
-    rows: Tensor
-    clients: Tensor
-    numbers: Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,6 +56,13 @@ VARIANTS = {
     "fedavg-bce": FedAvgRecommender(**FAST, server_optimizer="momentum"),
     "fedavg-ncf": FedAvgRecommender("ncf", **FAST, server_optimizer="adam", local_epochs=1),
     "fedavg-lightgcn": FedAvgRecommender("lightgcn", **FAST, local_epochs=1),
+    "fedavg-top-k": FedAvgRecommender(
+        **FAST, compression="top-k", compression_level=0.3, sampling="epoch", clients_per_round=0.6
+    ),
+    "fedavg-ncf-quantised": FedAvgRecommender(
+        "ncf", **FAST, local_epochs=1, compression="quantised", clients_per_round=0.6
+    ),
+    "fedfnn-secure": clone(FEDFNN).set_params(secure_aggregation=True),
     "fedfast": FedFastRecommender(**FAST, n_clusters=2, server_optimizer="adam"),
     "fedfnn-faults": clone(FEDFNN).set_params(
         dropout_rate=0.3, over_selection=0.3, client_seconds=0.1, deadline=1.0

@@ -470,6 +470,11 @@ UPLINK_BAD = {
     "malicious_fraction": 1.0,
     "attack": "shout",
     "attack_strength": 0,
+    "compression": "zip",
+    "compression_level": 0,
+    "error_feedback": "yes",
+    "secure_aggregation": "perhaps",
+    "secure_bits": 33,
 }
 BAD = {
     FedFNNRecommender: SHARED_BAD
@@ -500,6 +505,8 @@ BAD = {
             "item_curvature",
             "n_graph_layers",
             "item_propagation",
+            "secure_aggregation",
+            "secure_bits",
         }
     }
     | {
