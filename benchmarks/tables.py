@@ -1,8 +1,9 @@
 """Rewrite the tables of the READMEs and of pages in docs from the JSON that the scripts wrote.
 
 A table stands between ``<!-- name -->`` and ``<!-- /name -->``; `SECTIONS` (benchmarks/README.md),
-`SUMMARIES` (README.md), `OF_SCALE` (docs/scale.md) and `OF_ROBUST` (docs/robust.md) say which. A
-place stays as it is while there is no result for it.
+`SUMMARIES` (README.md), `OF_SCALE` (docs/scale.md), `OF_ROBUST` (docs/robust.md) and
+`OF_COMMUNICATION` (docs/communication.md) say which. A place stays as it is while there is no result
+for it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import _sizes_report as sizes
 import accuracy
 import attacks
 import faults
+import compression
 import fedfnn_cost as cost
 import fedfnn_sensitivity as sensitivity
 import fedfnn_streaming as streaming
@@ -331,9 +333,24 @@ def attacks_section(report: Report) -> str:
     return "\n\n".join([*parts, *goals(report)])
 
 
+def compression_section(report: Report) -> str:
+    """Tables of compression and of secure sums, for each data set and method."""
+    return "\n\n".join([compression_summary(report), *goals(report)])
+
+
+def compression_summary(report: Report) -> str:
+    """Make the same without the goals."""
+    parts = [origin(report)]
+    for name, result in report["data"].items():
+        for heading, header, rows in compression.tables_of(result):
+            parts += [f"**{name}; {heading}**", markdown(header, rows)]
+    return "\n\n".join(parts)
+
+
 SECTIONS: Places = {
     "accuracy": ("accuracy", accuracy_section),
     "cohort_speed": ("cohort_speed", cohort_speed_section),
+    "compression": ("compression", compression_section),
     "fedfnn_convergence": ("fedfnn_convergence", fedfnn_convergence_section),
     "fedfnn_cost": ("fedfnn_cost", fedfnn_cost_section),
     "fedfnn_sensitivity": ("fedfnn_sensitivity", fedfnn_sensitivity_section),
@@ -360,6 +377,7 @@ OF_ROBUST: Places = {
     "attacks": ("attacks", attacks_section),
     "faults": ("faults", faults_section),
 }
+OF_COMMUNICATION: Places = {"compression": ("compression", compression_summary)}
 
 
 def origin(report: Report) -> str:
@@ -424,6 +442,7 @@ def main() -> int:
         (HERE.parent / "README.md", SUMMARIES),
         (HERE.parent / "docs" / "scale.md", OF_SCALE),
         (HERE.parent / "docs" / "robust.md", OF_ROBUST),
+        (HERE.parent / "docs" / "communication.md", OF_COMMUNICATION),
     ):
         readme.write_text(rewrite(readme.read_text(), reports, places))
     return 0

@@ -36,7 +36,7 @@ sizes, sizes_report = script("hetefedrec_sizes"), script("_sizes_report")
 balance = script("fellrec_balance")
 split = script("fellrec_split")
 round_profile, other_engines = script("round_profile"), script("other_engines")
-scale, faults = script("scale"), script("faults")
+scale, faults, compression = script("scale"), script("faults"), script("compression")
 
 
 @pytest.fixture(scope="module")
@@ -1431,6 +1431,50 @@ def test_faults_run_and_write(only_tiny, monkeypatch, tmp_path, capsys):
         "x", [row | {"ndcg@20": [0.5 if row["case"] != faults.RANDOM else 0.48]} for row in rows]
     )
     assert kept.value == lost.value == 0.96
+
+
+# -------------------------------------------------------------- compression
+
+
+def test_compression_runs_and_writes(monkeypatch, data, tmp_path, capsys):
+    monkeypatch.setattr(compression, "load", lambda paths, quick: [data])
+    out, figure = tmp_path / "compression.json", tmp_path / "compression.png"
+    assert compression.main(["--quick", "--out", str(out), "--plot", str(figure)]) == 0
+    assert figure.stat().st_size > 1_000
+    report = json.loads(out.read_text())
+    rows = report["data"]["tiny"]["rows"]
+    assert len(rows) == 2 * (1 + 3 * 2 + 1)
+    assert report["goals"] == []
+    printed = capsys.readouterr().out
+    assert "low-rank, rank 1" in printed
+    place = "<!-- compression -->\n<!-- /compression -->"
+    for places in (tables.SECTIONS, tables.OF_COMMUNICATION):
+        text = tables.rewrite(place, {"compression": report}, places)
+        assert text.count("| as they are | ") == text.count("| 16 bits | ") == 2
+
+
+def compression_row(ndcg, up, **params):
+    return {"method": "FedFNN, whole-data", **params, "ndcg@20": ndcg, "mb_up": up, "mb_down": up}
+
+
+def test_compression_goals_and_losses(monkeypatch):
+    monkeypatch.setattr(compression, "METHODS", {"FedFNN, whole-data": None})
+    packed = {"compression": "low-rank", "error_feedback": True}
+    rows = [
+        compression_row([0.4, 0.6], [80.0, 120.0]),
+        compression_row([0.4, 0.598], [9.0, 11.0], **packed, compression_level=1),
+        compression_row([0.3, 0.3], [1.0, 1.0], **packed, compression_level=2),
+        compression_row([0.3, 0.3], [1.0, 1.0], secure_aggregation=True, secure_bits=16),
+        compression_row([0.4, 0.601], [1.0, 1.0], secure_aggregation=True, secure_bits=32),
+    ]
+    fewer, change = compression.goals_of("ml", rows)
+    assert fewer.value == pytest.approx(10)
+    assert change.value == pytest.approx(0.0005)
+    assert fewer.held
+    assert change.held
+    assert compression.loss_of(rows[3], rows[0]) == pytest.approx(0.2)
+    fewer, _ = compression.goals_of("ml", [row for row in rows if row["ndcg@20"] != [0.4, 0.598]])
+    assert not fewer.held
 
 
 # ------------------------------------------------------------------- tables

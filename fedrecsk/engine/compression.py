@@ -13,8 +13,9 @@ level in that case; without, at random to one of the two around, so as to be rig
 
 Columns of a row beyond those of the table (counts, curvature) go along as they are. Numbers that
 make a square as wide as the table are a matrix Σ u uᵀ, which is symmetric, so only one half of it
-is sent; as ``"low-rank"`` its leading eigenvectors; ``"top-k"`` leaves it whole, as a matrix
-without its small entries is another one.
+is sent; as ``"low-rank"`` its leading eigenvectors, as ``"quantised"`` in at least 8 bits.
+``"top-k"`` leaves it whole: a matrix without its small entries is another one, with directions
+turned around, and so is one of few bits.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from fedrecsk.engine.traffic import FLOAT_BYTES, INDEX_BYTES, dense_bytes, spars
 from fedrecsk.engine.uploads import Residual, Uploads
 
 CompressionName = Literal["top-k", "quantised", "low-rank"]
+# With fewer, sums over small cohorts have negative eigenvalues that matter, and training diverges.
+MATRIX_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,8 @@ def _quantised(
         numbers = numbers.reshape(-1, width, width)[:, upper[0], upper[1]]
     of_rows, of_numbers = (None, None) if draw is None else draw(numbers.shape[1])
     rows = rounded(wanted.rows[:, :width], bits, None if of_rows is None else of_rows[:, :width])
-    numbers = rounded(numbers, bits, of_numbers)
+    bits_of_numbers = max(bits, MATRIX_BITS) if is_matrix else bits
+    numbers = rounded(numbers, bits_of_numbers, of_numbers)
     n_sent = numbers.shape[1]
     if is_matrix:
         whole = wanted.numbers.new_zeros(n_clients, width, width)
@@ -272,7 +276,7 @@ def _quantised(
         numbers = whole.flatten(1)
     # A row: its number, its scale, the small numbers, and the columns beyond the table's.
     n_bytes = n_rows * (INDEX_BYTES + _packed(width, bits) + FLOAT_BYTES * (n_columns - width))
-    n_bytes += n_clients * (_packed(n_sent, bits) if n_sent else 0)
+    n_bytes += n_clients * (_packed(n_sent, bits_of_numbers) if n_sent else 0)
     rows = torch.cat([rows, wanted.rows[:, width:]], 1)
     return replace(wanted, rows=rows, numbers=numbers), n_bytes
 

@@ -96,18 +96,18 @@ def test_of_a_network_the_largest_weights_are_sent():
 @pytest.mark.parametrize("bits", [2, 3, 5, 9])
 def test_quantised_rows_are_multiples_of_a_fraction_of_their_largest_number(bits):
     uploads = grams(random_uploads())
-    levels = 2 ** (bits - 1) - 1
     for feedback in (True, False):
         sent, _, _ = send("quantised", uploads, level=bits, feedback=feedback)
         matrices = (uploads.numbers.reshape(-1, 3, 3), sent.numbers.reshape(-1, 3, 3))
         assert matrices[1].equal(matrices[1].mT)
         halves = [m[:, *torch.triu_indices(3, 3)] for m in matrices]
-        for values, found in ((uploads.rows, sent.rows), halves):
+        for (values, found), most in (((uploads.rows, sent.rows), bits), (halves, max(bits, 8))):
+            levels = 2 ** (most - 1) - 1
             scale = values.abs().amax(1, keepdim=True)
             steps = found * levels / scale
-            torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+            torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
             error = ((values - found).abs() / (scale / levels)).max()
-            assert error <= (0.5 if feedback else 1.0) + 1e-4
+            assert error <= (0.5 if feedback else 1.0) + 1e-3
             assert error > (0.3 if feedback else 0.6)
 
 
@@ -282,7 +282,7 @@ def test_bytes_of_a_tiny_case_by_hand():
     assert send("low-rank", two, level=1)[2] == (7 + 3) * 4 + 5 * (4 + 4) + 2 * 10 * 4
     matrices = replace(two, numbers=torch.eye(3).flatten().repeat(2, 1))
     assert send("top-k", matrices, level=0.5)[2] == 3 * 20 + 2 * 6 * 4
-    assert send("quantised", matrices, level=5)[2] == 5 * 14 + 2 * (4 + 4)
+    assert send("quantised", matrices, level=5)[2] == 5 * 14 + 2 * (4 + 6)
     assert send("low-rank", matrices, level=1)[2] == 80 + 2 * 4 * 4
     assert send("low-rank", matrices, level=2)[2] == 12 * 4 + 3 * 4 + 5 * 8 + 2 * 6 * 4
     nothing = replace(two, numbers=torch.zeros(2, 0))
