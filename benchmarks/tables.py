@@ -2,8 +2,8 @@
 
 A table stands between ``<!-- name -->`` and ``<!-- /name -->``; `SECTIONS` (benchmarks/README.md),
 `SUMMARIES` (README.md), `OF_SCALE` (docs/scale.md), `OF_ROBUST` (docs/robust.md) and
-`OF_COMMUNICATION` (docs/communication.md) say which. A place stays as it is while there is no result
-for it.
+`OF_COMMUNICATION` (docs/communication.md) say which. A place stays as it is while there is no
+result for it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import _convergence_report as convergence
 import _sizes_report as sizes
 import accuracy
 import attacks
-import faults
 import compression
+import faults
 import fedfnn_cost as cost
 import fedfnn_sensitivity as sensitivity
 import fedfnn_streaming as streaming

@@ -76,11 +76,11 @@ def distrust(
     attack: AttackName,
     attack_strength: float,
     target_item: Any,
-    compression: CompressionName | None,
-    compression_level: float | Literal["auto"],
-    error_feedback: bool,
-    secure_aggregation: SecureAggregation,
-    secure_bits: int,
+    compression: CompressionName | None = None,
+    compression_level: float | Literal["auto"] = "auto",
+    error_feedback: bool = True,
+    secure_aggregation: SecureAggregation = False,
+    secure_bits: int = 32,
 ) -> Distrust:
     """Draw who is dishonest, and bind what happens to uploads.
 
