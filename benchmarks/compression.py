@@ -147,7 +147,7 @@ def _cells(row: Params) -> list[str]:
 
 def _spread(row: Params) -> str:
     mean, spread = mean_and_spread(row["ndcg@20"])
-    return f"{mean:.4f} ± {spread:.4f}"
+    return f"{mean:.4f} ± {spread:.4f}" if len(row["ndcg@20"]) > 1 else f"{mean:.4f}"
 
 
 def _megabytes(values: Sequence[float]) -> str:

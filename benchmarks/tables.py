@@ -340,7 +340,8 @@ def compression_section(report: Report) -> str:
 
 def compression_summary(report: Report) -> str:
     """Make the same without the goals."""
-    parts = [origin(report)]
+    seeds = ", ".join(map(str, report["what"]["seeds"]))
+    parts = [f"{origin(report)} Mean and spread over the seeds {seeds}."]
     for name, result in report["data"].items():
         for heading, header, rows in compression.tables_of(result):
             parts += [f"**{name}; {heading}**", markdown(header, rows)]
