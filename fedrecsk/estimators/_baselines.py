@@ -72,7 +72,7 @@ class FedAvgRecommender(BaseRecommender):
     refit : bool, default=True
     defence : {"clip", "median", "trimmed-mean", "krum", "multi-krum"} or None, default=None
     assumed_malicious : float in [0, 0.5), default=0.1
-    clip_quantile : float in (0, 1], default=0.9
+    clip_quantile : float in (0, 1], default=0.7
     malicious_fraction : float in [0, 1), default=0.0
     attack : str, default="gradient"
     attack_strength : float, default=10.0
@@ -158,7 +158,7 @@ class FedAvgRecommender(BaseRecommender):
         refit: bool = True,
         defence: DefenceName | None = None,
         assumed_malicious: float = 0.1,
-        clip_quantile: float = 0.9,
+        clip_quantile: float = 0.7,
         malicious_fraction: float = 0.0,
         attack: AttackName = "gradient",
         attack_strength: float = 10.0,

@@ -235,7 +235,7 @@ class FedFNNRecommender(BaseRecommender):
         finite, or a hundred times as long as most, are dropped in any case.
     assumed_malicious : float in [0, 0.5), default=0.1
         Largest share of dishonest clients in a round that a defence has to withstand.
-    clip_quantile : float in (0, 1], default=0.9
+    clip_quantile : float in (0, 1], default=0.7
         With a defence, rows longer than this quantile of all rows of the round are shortened to
         it; 1 shortens none.
     malicious_fraction : float in [0, 1), default=0.0
@@ -414,7 +414,7 @@ default="gradient"
         refit: bool = True,
         defence: DefenceName | None = None,
         assumed_malicious: float = 0.1,
-        clip_quantile: float = 0.9,
+        clip_quantile: float = 0.7,
         malicious_fraction: float = 0.0,
         attack: AttackName = "gradient",
         attack_strength: float = 10.0,

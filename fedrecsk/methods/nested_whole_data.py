@@ -264,7 +264,7 @@ class _BlockSums:
         width = int(len(received.numbers) ** 0.5)
         missing = self.blocks[-1].stop - width
         n_users = int(client_users[received.clients].sum())
-        gram = received.numbers.reshape(width, width)
+        gram = whole_data.positive(received.numbers.reshape(width, width))
         total = replace(
             self.total,
             pull=self.total.pull + pad(received.rows[:, :width], (0, missing)),
@@ -273,8 +273,8 @@ class _BlockSums:
         )
         counts, curvature, n_owners = list(self.counts), list(self.curvature), list(self.n_owners)
         for place in range(received.rows.shape[1] - width - 1):
-            counts[place] = counts[place] + received.rows[:, -1]
-            curvature[place] = curvature[place] + received.rows[:, width + place]
+            counts[place] = counts[place] + received.rows[:, -1].clamp_min(0.0)
+            curvature[place] = curvature[place] + received.rows[:, width + place].clamp_min(0.0)
             n_owners[place] += n_users
         return replace(self, total=total, counts=counts, curvature=curvature, n_owners=n_owners)
 

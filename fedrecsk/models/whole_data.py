@@ -126,15 +126,16 @@ class Sums:
         """Return the sums that an uplink has made of what `uploads_of` laid out.
 
         Loss and rows stay, of which nobody makes a secret here; users are those of the clients
-        that were heard, of which each has so many (n_clients,).
+        that were heard, of which each has so many (n_clients,). What cannot be a sum of squares is
+        the work of dishonest clients, and a step in its direction would never come to an end.
         """
         d = len(self.gram)
         return replace(
             self,
             pull=received.rows[:, :d],
-            counts=received.rows[:, -1],
-            curvature=received.rows[:, d],
-            gram=received.numbers.reshape(d, d),
+            counts=received.rows[:, -1].clamp_min(0.0),
+            curvature=received.rows[:, d].clamp_min(0.0),
+            gram=positive(received.numbers.reshape(d, d)),
             n_users=int(client_users[received.clients].sum()),
         )
 
@@ -321,6 +322,23 @@ def uploads_of(
         numbers=(users[:, :, None] * users[:, None, :]).flatten(1),
         weights=ones.new_ones(len(users)),
     )
+
+
+def positive(gram: Tensor) -> Tensor:
+    """Take the nearest symmetric matrix (d, d) without negative eigenvalues.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fedrecsk.models.whole_data import positive
+    >>> positive(torch.tensor([[1.0, 0.0], [0.0, -3.0]])).tolist()
+    [[1.0, 0.0], [0.0, 0.0]]
+    """
+    symmetric = 0.5 * (gram + gram.T)
+    values, basis = torch.linalg.eigh(symmetric)
+    if bool((values >= 0).all()):
+        return symmetric  # to the last digit
+    return (basis * values.clamp_min(0.0)) @ basis.T
 
 
 def receive(
