@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,7 +10,8 @@ from torch import Tensor
 from fedrecsk.engine.attacks import Attack
 from fedrecsk.engine.defences import Defence
 from fedrecsk.engine.parallel import ranks
-from fedrecsk.engine.uploads import Uploads, UploadSums, add_uploads, screen
+from fedrecsk.engine.privacy import Privacy
+from fedrecsk.engine.uploads import Uploads, UploadSums, add_uploads, finite, screen
 from fedrecsk.exceptions import NoUsableUploadError
 
 
@@ -23,10 +25,15 @@ class Uplink:
         What dishonest clients make of theirs.
     defence : Defence or None
         How the server adds up; None adds everything that is not broken.
+    privacy : Privacy or None
+        How uploads are shortened and noised before anybody may look at their sums. It takes the
+        place of a defence: what a defence does to one upload depends on the others, so one client
+        could change the sums by more than its own upload.
     """
 
     attack: Attack | None = None
     defence: Defence | None = None
+    privacy: Privacy | None = None
 
     def receive(
         self, uploads: Uploads, vectors: Tensor, table: Tensor, t: int
@@ -55,15 +62,55 @@ class Uplink:
         NoUsableUploadError
             If that is true of all.
         """
-        if ranks().size > 1:
-            raise ValueError(
-                "attack and defence need all uploads of a round in one place: start one process."
-            )
         n_clients = len(uploads.clients)
-        if self.attack is not None:
-            uploads = self.attack.apply(uploads, vectors, table, t)
+        uploads = self._sent(uploads, vectors, table, t)
         usable = screen(uploads)
         if n_clients and not len(usable.clients):
             raise NoUsableUploadError(n_clients, t)
         add = add_uploads if self.defence is None else self.defence.add
         return add(usable, len(table)), n_clients - len(usable.clients)
+
+    def release(
+        self,
+        uploads: Uploads,
+        vectors: Tensor,
+        table: Tensor,
+        t: int,
+        *,
+        widths: Sequence[int],
+        bounds: Tensor,
+        n_clients: int,
+    ) -> tuple[UploadSums, Tensor, int]:
+        """Hand the uploads of a round to the server with privacy.
+
+        Parameters
+        ----------
+        uploads, vectors, table, t
+            As in `receive`.
+        widths, bounds, n_clients
+            See `Privacy.add`.
+
+        Returns
+        -------
+        sums : UploadSums
+        bounds : Tensor
+            For the next round.
+        n_rejected : int
+            Clients that sent what is not finite, of whom nothing is added. That nobody is left is
+            no error: it would tell of all of them.
+        """
+        assert self.privacy is not None
+        usable = finite(self._sent(uploads, vectors, table, t))
+        sums, bounds = self.privacy.add(usable, len(table), widths, bounds, t, n_clients)
+        return sums, bounds, len(uploads.clients) - len(usable.clients)
+
+    def _sent(self, uploads: Uploads, vectors: Tensor, table: Tensor, t: int) -> Uploads:
+        """Let dishonest clients send what they want."""
+        if ranks().size > 1:
+            raise ValueError(
+                "attack, defence and privacy need all uploads of a round in one place: start one "
+                "process."
+            )
+        if self.attack is None or not len(uploads.clients):
+            return uploads
+        return self.attack.apply(uploads, vectors, table, t)

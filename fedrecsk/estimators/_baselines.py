@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrecsk.data.interactions import Interactions
+from fedrecsk.engine.accounting import AccountantName
 from fedrecsk.engine.attacks import AttackName
 from fedrecsk.engine.defences import DefenceName
 from fedrecsk.engine.local import OptimizerName
+from fedrecsk.engine.privacy import PrivacyName
 from fedrecsk.engine.traffic import sparse_row_bytes
 from fedrecsk.estimators._base import SHARED_CONSTRAINTS, Attributes, BaseRecommender, RoundWatch
 from fedrecsk.estimators._factors import score_factor_items, score_factor_pairs
@@ -22,6 +24,7 @@ from fedrecsk.estimators._fedfnn import (
     factor_probability,
     simulate_fedfnn,
 )
+from fedrecsk.estimators._privacy import PRIVACY_CONSTRAINTS
 from fedrecsk.estimators._sklearn import Constraints
 from fedrecsk.methods.fedfnn import SamplingName
 
@@ -45,7 +48,7 @@ class FedAvgRecommender(BaseRecommender):
     n_rounds : int, default=40
     clients_per_round : int or float, default=0.2
         A number, or a share of all clients in (0, 1].
-    sampling : {"uniform", "epoch", "stratified"}, default="uniform"
+    sampling : {"uniform", "poisson", "epoch", "stratified"}, default="uniform"
     local_epochs : int, default=5
     learning_rate : float or "auto", default="auto"
     batch_size : int, None or "auto", default="auto"
@@ -69,6 +72,12 @@ class FedAvgRecommender(BaseRecommender):
     attack : str, default="gradient"
     attack_strength : float, default=10.0
     target_item : item id, default=None
+    privacy : {"central", "local"} or None, default=None
+    noise_multiplier : float or "auto", default=1.0
+    clip_norm : float or "auto", default="auto"
+    target_epsilon : float or None, default=None
+    delta : float or "auto", default="auto"
+    accountant : {"auto", "pld", "rdp"}, default="auto"
     min_rating : float or None, default=None
     early_stopping : bool, default=False
     validation_fraction : float in (0, 1), default=0.1
@@ -89,6 +98,8 @@ class FedAvgRecommender(BaseRecommender):
     n_graph_layers_, item_propagation_, item_evidence_, user_gram_, user_gram_weight_ :
         As in `FedFNNRecommender`.
     malicious_client_ids_, target_item_ :
+        As in `FedFNNRecommender`.
+    epsilon_, delta_, privacy_spent_, clip_norms_ :
         As in `FedFNNRecommender`.
     user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
         As in `FedFNNRecommender`.
@@ -111,6 +122,7 @@ class FedAvgRecommender(BaseRecommender):
 
     _parameter_constraints: ClassVar[Constraints] = {
         **FACTOR_CONSTRAINTS,
+        **PRIVACY_CONSTRAINTS,
     }
 
     def __init__(
@@ -145,6 +157,12 @@ class FedAvgRecommender(BaseRecommender):
         attack: AttackName = "gradient",
         attack_strength: float = 10.0,
         target_item: Any = None,
+        privacy: PrivacyName | None = None,
+        noise_multiplier: float | Literal["auto"] = 1.0,
+        clip_norm: float | Literal["auto"] = "auto",
+        target_epsilon: float | None = None,
+        delta: float | Literal["auto"] = "auto",
+        accountant: AccountantName | Literal["auto"] = "auto",
         min_rating: float | None = None,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -186,6 +204,12 @@ class FedAvgRecommender(BaseRecommender):
         self.attack = attack
         self.attack_strength = attack_strength
         self.target_item = target_item
+        self.privacy = privacy
+        self.noise_multiplier = noise_multiplier
+        self.clip_norm = clip_norm
+        self.target_epsilon = target_epsilon
+        self.delta = delta
+        self.accountant = accountant
         self.min_rating = min_rating
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
@@ -243,6 +267,12 @@ class FedAvgRecommender(BaseRecommender):
             attack=self.attack,
             attack_strength=self.attack_strength,
             target_item=self.target_item,
+            privacy=self.privacy,
+            noise_multiplier=self.noise_multiplier,
+            clip_norm=self.clip_norm,
+            target_epsilon=self.target_epsilon,
+            delta=self.delta,
+            accountant=self.accountant,
             early_stopping=self.early_stopping,
             validation_fraction=self.validation_fraction,
             n_iter_no_change=self.n_iter_no_change,

@@ -96,6 +96,8 @@ class FedFastRecommender(BaseRecommender):
         As in `FedFNNRecommender`.
     malicious_client_ids_, target_item_ :
         As in `FedFNNRecommender`.
+    epsilon_, delta_, privacy_spent_, clip_norms_ :
+        As in `FedFNNRecommender`; nothing is promised here.
     user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
         As in `FedFNNRecommender`.
 
@@ -244,6 +246,12 @@ class FedFastRecommender(BaseRecommender):
             attack=self.attack,
             attack_strength=self.attack_strength,
             target_item=self.target_item,
+            privacy=None,  # delegates are drawn, and others moved, by vectors at the server
+            noise_multiplier=0.0,
+            clip_norm="auto",
+            target_epsilon=None,
+            delta="auto",
+            accountant="auto",
             early_stopping=self.early_stopping,
             validation_fraction=self.validation_fraction,
             n_iter_no_change=self.n_iter_no_change,

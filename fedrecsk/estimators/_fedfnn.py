@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,13 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrecsk.data.interactions import Interactions
+from fedrecsk.engine.accounting import AccountantName
 from fedrecsk.engine.attacks import AttackName
 from fedrecsk.engine.defences import DefenceName
 from fedrecsk.engine.device import resolve_device, torch_threads
 from fedrecsk.engine.local import Optimizer, OptimizerName
+from fedrecsk.engine.privacy import PrivacyName
 from fedrecsk.engine.sampling import cohort_size
 from fedrecsk.engine.shards import CPU_CHUNK_ROWS
 from fedrecsk.engine.streams import Streams
+from fedrecsk.engine.uplink import Uplink
 from fedrecsk.estimators._base import SHARED_CONSTRAINTS, Attributes, BaseRecommender, RoundWatch
 from fedrecsk.estimators._factors import (
     fit_factors,
@@ -26,6 +30,14 @@ from fedrecsk.estimators._factors import (
     make_shards,
     score_factor_items,
     score_factor_pairs,
+)
+from fedrecsk.estimators._privacy import (
+    NOTHING_PROMISED,
+    PRIVACY_CONSTRAINTS,
+    check_private,
+    describe_round,
+    promise,
+    rounds_of,
 )
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
 from fedrecsk.estimators._uplink import UPLINK_CONSTRAINTS, distrust
@@ -36,6 +48,7 @@ from fedrecsk.methods.fedfnn import (
     SamplingName,
     bce_step,
     draw_delegates,
+    idle_step,
     prediction_step,
     refit_bce,
     refit_whole_data,
@@ -69,7 +82,7 @@ FACTOR_CONSTRAINTS: Constraints = {
     "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"}), None],
     "n_graph_layers": [Interval(Integral, 1, None, closed="left")],
     "item_propagation": ["boolean"],
-    "sampling": [StrOptions({"uniform", "epoch", "stratified"})],
+    "sampling": [StrOptions({"uniform", "poisson", "epoch", "stratified"})],
     "learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
     "objective": [StrOptions({"whole-data", "bce"})],
     "l2_exponent": [Interval(Real, 0, 1, closed="both")],
@@ -313,6 +326,7 @@ default="gradient"
     _parameter_constraints: ClassVar[Constraints] = {
         **FACTOR_CONSTRAINTS,
         **PREDICTION_CONSTRAINTS,
+        **PRIVACY_CONSTRAINTS,
         "server_optimizer": [StrOptions({"auto", "newton", "sgd", "momentum", "adam"})],
         "predictor": [StrOptions({"mlp", "linear", "mean", "cluster"}), None],
         "cv": [Interval(Integral, 2, None, closed="left")],
@@ -365,6 +379,12 @@ default="gradient"
         attack: AttackName = "gradient",
         attack_strength: float = 10.0,
         target_item: Any = None,
+        privacy: PrivacyName | None = None,
+        noise_multiplier: float | Literal["auto"] = 1.0,
+        clip_norm: float | Literal["auto"] = "auto",
+        target_epsilon: float | None = None,
+        delta: float | Literal["auto"] = "auto",
+        accountant: AccountantName | Literal["auto"] = "auto",
         min_rating: float | None = None,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -417,6 +437,12 @@ default="gradient"
         self.attack = attack
         self.attack_strength = attack_strength
         self.target_item = target_item
+        self.privacy = privacy
+        self.noise_multiplier = noise_multiplier
+        self.clip_norm = clip_norm
+        self.target_epsilon = target_epsilon
+        self.delta = delta
+        self.accountant = accountant
         self.min_rating = min_rating
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
@@ -474,6 +500,12 @@ default="gradient"
             attack=self.attack,
             attack_strength=self.attack_strength,
             target_item=self.target_item,
+            privacy=self.privacy,
+            noise_multiplier=self.noise_multiplier,
+            clip_norm=self.clip_norm,
+            target_epsilon=self.target_epsilon,
+            delta=self.delta,
+            accountant=self.accountant,
             early_stopping=self.early_stopping,
             validation_fraction=self.validation_fraction,
             n_iter_no_change=self.n_iter_no_change,
@@ -559,6 +591,12 @@ def simulate_fedfnn(
     attack: AttackName,
     attack_strength: float,
     target_item: Any,
+    privacy: PrivacyName | None,
+    noise_multiplier: float | Literal["auto"],
+    clip_norm: float | Literal["auto"],
+    target_epsilon: float | None,
+    delta: float | Literal["auto"],
+    accountant: AccountantName | Literal["auto"],
     early_stopping: bool,
     validation_fraction: float,
     n_iter_no_change: int,
@@ -595,6 +633,15 @@ def simulate_fedfnn(
     kind = None if refit and (objective == "whole-data" or anchor) else predictor
     rows: NDArray[np.bool_] | slice = slice(None)
     validation = None
+    if privacy is not None:
+        check_private(
+            defence=defence,
+            early_stopping=early_stopping,
+            sampling=sampling,
+            predictor=kind,
+            objective=objective,
+            item_weighting=item_weighting,
+        )
     if early_stopping or (kind is not None and patience_on == "ndcg"):
         rows, validation = hold_out(data, validation_fraction, streams)
     around = distrust(
@@ -610,6 +657,25 @@ def simulate_fedfnn(
     )
     shards = make_shards(around.data, rows, resolve_device(device))
     size = cohort_size(clients_per_round, data.n_clients)
+    promised = None
+    if privacy is not None:
+        promised = promise(
+            streams,
+            privacy=privacy,
+            noise_multiplier=noise_multiplier,
+            clip_norm=clip_norm,
+            target_epsilon=target_epsilon,
+            delta=delta,
+            accountant=accountant,
+            sampling=sampling,
+            cohort=size,
+            n_clients=data.n_clients,
+            n_rounds=n_rounds,
+            previous=previous,
+        )
+    uplink = around.uplink
+    if promised is not None:
+        uplink = replace(uplink or Uplink(), privacy=promised.privacy)
     bias = item_bias and objective == "bce"
     local, examples_per_step = _local(model, optimizer, learning_rate, batch_size, server_optimizer)
     server = _server(
@@ -659,7 +725,7 @@ def simulate_fedfnn(
                 server_optimizer=server,
                 forgetting=forgetting,
                 decay=STATISTICS_DECAY,
-                uplink=around.uplink,
+                uplink=uplink,
                 in_place=in_place,
             )
 
@@ -700,7 +766,7 @@ def simulate_fedfnn(
                 else float(server_learning_rate),
                 decay=STATISTICS_DECAY,
                 item_curvature=item_curvature,
-                uplink=around.uplink,
+                uplink=uplink,
                 in_place=in_place,
             )
 
@@ -716,7 +782,10 @@ def simulate_fedfnn(
 
     def step(state: FactorState, t: int) -> tuple[FactorState, Logs]:
         delegates = draw_delegates(state, shards, size, t, sampling, n_clusters, streams)
+        if not len(delegates) and promised is None:
+            return idle_step(state)
         trained, logs = train(state, delegates, t)
+        logs |= describe_round(promised, t - state.first_round, state.clip_norms)
         if kind is None:
             return trained, logs
         monitored = float(logs["loss"])  # patience decides now, so the device is waited for
@@ -761,7 +830,7 @@ def simulate_fedfnn(
             head=head,
             n_graph_layers=layers,
             item_propagation=of_items,
-            n_rounds=n_rounds,
+            n_rounds=rounds_of(promised, n_rounds),
             validation=validation if early_stopping else None,
             shards=shards,
             n_iter_no_change=n_iter_no_change,
@@ -769,7 +838,8 @@ def simulate_fedfnn(
             streams=streams,
             previous=previous,
         )
-    return {**fitted, **around.fitted}
+    cost = NOTHING_PROMISED if promised is None else promised.fitted(len(fitted["history_"]))
+    return {**fitted, **around.fitted, **cost}
 
 
 def _local(

@@ -154,9 +154,20 @@ class DelegateSums:
             self.curvature = received.rows[:, width]
             self.gram = received.numbers.reshape(width, width) * n_delegates
             return
+        self._take_head(received.numbers)
+
+    def take_noised(self, received: UploadSums, n_rejected: int) -> None:
+        """Take the noised sums of a release: means over the clients expected, of every row."""
+        self.n_broken += n_rejected
+        self.broken_share = 0.0
+        self.changes, self.weights = received.rows / received.weight, received.row_weights[:, None]
+        self._take_head(received.numbers / received.weight)
+
+    def _take_head(self, numbers: Tensor) -> None:
+        """Cut the clients' numbers (m,) into the weights of the head."""
         start = 0
         for name, value in self.shared_head.items():
-            part = received.numbers[start : start + value.numel()]
+            part = numbers[start : start + value.numel()]
             self.head[name] = part.reshape(value.shape)
             start += value.numel()
 

@@ -47,12 +47,18 @@ from fedrecsk.engine.device import to_device
 from fedrecsk.engine.local import Moments, Optimizer, Params, apply_gradients, init_moments
 from fedrecsk.engine.mixing import scatter_sum, weighted_mean
 from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
-from fedrecsk.engine.sampling import epoch_cohort, stratified_cohort, uniform_cohort
+from fedrecsk.engine.privacy import Privacy
+from fedrecsk.engine.sampling import (
+    epoch_cohort,
+    poisson_cohort,
+    stratified_cohort,
+    uniform_cohort,
+)
 from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
 from fedrecsk.engine.uplink import Uplink
-from fedrecsk.engine.uploads import Uploads
+from fedrecsk.engine.uploads import Uploads, UploadSums
 from fedrecsk.exceptions import NoUsableUploadError
 from fedrecsk.methods.delegate_sums import DelegateSums, uploads_of
 from fedrecsk.methods.meta_network import PredictorName, cluster_labels, predict_updates
@@ -63,7 +69,7 @@ from fedrecsk.models.head import Head
 BROKEN = 1e3
 
 ItemWeighting = Literal["count", "magnitude", "interactions", "fedavg"]
-SamplingName = Literal["uniform", "epoch", "stratified"]
+SamplingName = Literal["uniform", "poisson", "epoch", "stratified"]
 Logs = dict[str, Any]
 
 
@@ -116,6 +122,9 @@ class FactorState:
     watch : PredictionWatch
     first_round : int
         Number of the fit's first round; schedules count from there.
+    clip_norms : Tensor of shape (P,) or None
+        What the parts of an upload are shortened to, see `fedrecsk.engine.privacy`; None before
+        the first round, or without privacy.
     """
 
     user_factors: Tensor
@@ -129,6 +138,7 @@ class FactorState:
     statistics: whole_data.ServerStatistics
     watch: PredictionWatch
     first_round: int
+    clip_norms: Tensor | None = None
 
     @classmethod
     def start(
@@ -178,12 +188,12 @@ def draw_delegates(
     state : FactorState
     shards : ClientShards
     size : int
-        How many.
+        How many; with ``"poisson"`` on average.
     t : int
-    sampling : {"uniform", "epoch", "stratified"}
-        Uniformly; uniformly among those with the fewest turns, so that everybody takes part once
-        before anybody does so twice; or with equal quotas from k-means clusters of the clients'
-        mean user vectors, as FedFast does.
+    sampling : {"uniform", "poisson", "epoch", "stratified"}
+        Uniformly; each for itself with the same probability; uniformly among those with the
+        fewest turns, so that everybody takes part once before anybody does so twice; or with
+        equal quotas from k-means clusters of the clients' mean user vectors, as FedFast does.
     n_clusters : int
     streams : Streams
 
@@ -194,6 +204,8 @@ def draw_delegates(
     rng = streams.numpy("sampling", t)
     if sampling == "uniform":
         return uniform_cohort(shards.n_clients, size, rng)
+    if sampling == "poisson":
+        return poisson_cohort(shards.n_clients, size, rng)
     if sampling == "epoch":
         return epoch_cohort(state.turns, size, rng)
     vectors = state.user_factors[torch.from_numpy(shards.users).to(state.user_factors.device)]
@@ -202,6 +214,22 @@ def draw_delegates(
     means = _means_of(vectors, owner.to(vectors.device), shards.n_clients)
     labels = cluster_labels(means, n_clusters, streams.key("strata", t))
     return stratified_cohort(labels, size, rng)
+
+
+def idle_step(state: FactorState) -> tuple[FactorState, Logs]:
+    """Leave the state as it is, in a round in which nobody takes part.
+
+    Parameters
+    ----------
+    state : FactorState
+
+    Returns
+    -------
+    state : FactorState
+    logs : dict
+        As in `bce_step`.
+    """
+    return state, {"loss": 0.0, "clients": 0, "rejected": 0, "bytes_down": 0, "bytes_up": 0}
 
 
 def bce_step(
@@ -271,11 +299,14 @@ def bce_step(
         delegates are looked at by an uplink alone.
     """
     table = state.item_table
+    width = table.shape[1]
     key = streams.key("examples", t)
     client_rows = shards.client_rows
     total_rows = float(max(client_rows[delegates].sum(), 1))
     user_factors = state.user_factors if in_place else state.user_factors.clone()
     newton = server_optimizer is None
+    private = uplink is not None and uplink.privacy is not None
+    clip_norms = state.clip_norms
     sums = DelegateSums(table, state.head, newton=newton)
     sent: list[tuple[Uploads, Tensor]] = []
     # A GPU would be waited for, unless somebody looks at single uploads anyway.
@@ -321,13 +352,26 @@ def bce_step(
             kept = torch.ones_like(share, dtype=torch.bool) if broken is None else ~broken
             sent.append((own.of(kept), means[kept]))
     sums.finish()
-    if uplink is not None and sums.n_broken < len(delegates):
+    if uplink is not None and uplink.privacy is not None:
+        n_numbers = sum(value.numel() for value in state.head.values())
+        received, clip_norms, n_rejected = _released(
+            uplink,
+            uplink.privacy,
+            Uploads.join([own for own, _ in sent] or [Uploads.nobody(width, n_numbers, table)]),
+            torch.cat([table.new_zeros(0, width), *(means for _, means in sent)]),
+            (width,),
+            state,
+            t,
+            len(delegates),
+        )
+        sums.take_noised(received, n_rejected)
+    elif uplink is not None and sums.n_broken < len(delegates):
         uploads = Uploads.join([own for own, _ in sent])
         received, n_rejected = uplink.receive(
             uploads, torch.cat([means for _, means in sent]), table, t
         )
         sums.take(received, len(delegates), n_rejected)
-    if 0 < len(delegates) == sums.n_broken:
+    if 0 < len(delegates) == sums.n_broken and not private:
         raise NoUsableUploadError(len(delegates), t)
     heard = 1.0 - sums.broken_share
     user_factors = fill_rows(user_factors, parts, shards.users_of)
@@ -353,7 +397,7 @@ def bce_step(
             if item_weighting == "fedavg"
             else weighted_mean(sums.changes, sums.weights[:, 0])
         )
-        touched = sums.weights[:, 0] > 0
+        touched = sums.weights[:, 0] > 0  # of noised sums all rows
         step, moments = apply_gradients(
             {"item": table}, {"item": -mean}, moments, touched, server_optimizer
         )
@@ -379,6 +423,7 @@ def bce_step(
         statistics=statistics,
         times_sampled=_counted(state, shards, delegates, in_place=in_place),
         turns=_taken(state, delegates, in_place=in_place),
+        clip_norms=clip_norms,
     )
     return new, logs
 
@@ -535,7 +580,21 @@ def whole_data_step(
         if uplink is not None:
             sent.append((whole_data.uploads_of(cohort, users, items), users))
     n_rejected = len(np.unique(np.concatenate(broken))) if broken else 0
-    if uplink is not None and total.n_users:
+    clip_norms = state.clip_norms
+    if uplink is not None and uplink.privacy is not None:
+        total, clip_norms, more = _noised(
+            uplink,
+            uplink.privacy,
+            sent,
+            total,
+            shards,
+            state,
+            t,
+            len(delegates),
+            item_curvature=item_curvature,
+        )
+        n_rejected += more
+    elif uplink is not None and total.n_users:
         total, more = _received(uplink, sent, total, shards, items, t)
         n_rejected += more
     total = total.of_all_processes()
@@ -574,6 +633,7 @@ def whole_data_step(
         statistics=statistics,
         times_sampled=_counted(state, shards, delegates, in_place=in_place),
         turns=_taken(state, delegates, in_place=in_place),
+        clip_norms=clip_norms,
     )
     return new, logs
 
@@ -589,9 +649,7 @@ def _received(
     """Return the sums that an uplink makes of users' uploads (U, ...) and vectors, client wise."""
     of_users = Uploads.join([own for own, _ in sent])
     vectors = torch.cat([users for _, users in sent])
-    clients, place = np.unique(of_users.clients, return_inverse=True)
-    means = _means_of(vectors, torch.from_numpy(place).to(vectors.device), len(clients))
-    uploads = of_users.by_client(shards.n_items)
+    uploads, means = _client_wise(of_users, vectors, shards.n_items)
     received, n_rejected = uplink.receive(uploads, means, items, t)
     sums = whole_data.sums_of(
         received,
@@ -600,6 +658,70 @@ def _received(
         n_rows=total.n_rows,
     )
     return sums, n_rejected
+
+
+def _noised(
+    uplink: Uplink,
+    privacy: Privacy,
+    sent: Sequence[tuple[Uploads, Tensor]],
+    total: whole_data.Sums,
+    shards: ClientShards,
+    state: FactorState,
+    t: int,
+    n_clients: int,
+    *,
+    item_curvature: bool,
+) -> tuple[whole_data.Sums, Tensor, int]:
+    """Return the sums that `_received` would, with privacy, and the next bounds."""
+    items = state.item_table
+    d = items.shape[1]
+    of_users = Uploads.join([own for own, _ in sent] or [Uploads.nobody(d + 2, d * d, items)])
+    vectors = torch.cat([items.new_zeros(0, d), *(users for _, users in sent)])
+    uploads, means = _client_wise(of_users, vectors, shards.n_items)
+    # Pull, curvature, count; noise for a column that nobody reads would be wasted.
+    columns = [*range(d), d, d + 1] if item_curvature else [*range(d), d + 1]
+    widths = (d, *[1] * (len(columns) - d))
+    uploads = uploads.with_rows(uploads.rows[:, columns])
+    received, clip_norms, n_rejected = _released(
+        uplink, privacy, uploads, means, widths, state, t, n_clients
+    )
+    rows = items.new_zeros(len(items), d + 2)
+    rows[:, columns] = received.rows
+    gram = received.numbers.reshape(d, d)
+    sums = whole_data.sums_of(
+        # Clients send symmetric matrices, noise is none: the mean with its transpose halves it.
+        replace(received, rows=rows, numbers=(0.5 * (gram + gram.T)).flatten()),
+        loss=total.loss,
+        n_users=max(1, round(privacy.cohort * shards.n_users / shards.n_clients)),
+        n_rows=total.n_rows,
+    )
+    return sums, clip_norms, n_rejected
+
+
+def _client_wise(uploads: Uploads, vectors: Tensor, n_items: int) -> tuple[Uploads, Tensor]:
+    """Add up users' uploads, and average their vectors (U, d), client by client."""
+    clients, place = np.unique(uploads.clients, return_inverse=True)
+    means = _means_of(vectors, torch.from_numpy(place).to(vectors.device), len(clients))
+    return uploads.by_client(n_items), means
+
+
+def _released(
+    uplink: Uplink,
+    privacy: Privacy,
+    uploads: Uploads,
+    means: Tensor,
+    widths: Sequence[int],
+    state: FactorState,
+    t: int,
+    n_clients: int,
+) -> tuple[UploadSums, Tensor, int]:
+    """Release the sums of a round, from the bounds in the state, or from scratch."""
+    bounds, n_parts = state.clip_norms, len(widths) + int(uploads.numbers.shape[1] > 0)
+    if bounds is None or len(bounds) != n_parts:  # a fit that goes on may send other parts
+        bounds = privacy.start(n_parts)
+    return uplink.release(
+        uploads, means, state.item_table, t, widths=widths, bounds=bounds, n_clients=n_clients
+    )
 
 
 def prediction_step(

@@ -406,7 +406,7 @@ def server_step(
         curvature=decay * statistics.curvature + (1 - decay) * scale * sums.curvature,
         weight=weight,
     )
-    counts = new.counts / weight
+    counts = (new.counts / weight).clamp_min(0.0)  # noise may have made them negative
     ridge = penalty.strength(counts, mean_rows)[:, None]
     grad = scale * sums.pull[:, columns]
     grad -= unobserved_weight * scale * item_factors @ sums.gram[:, columns]
