@@ -290,12 +290,13 @@ def _library() -> Any:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the library from saying which orders it leaves out; others give the lowest bound."""
+    """Keep the library from saying which orders, or losses too large to count, it leaves out."""
     log = logging.getLogger("absl")
     before = log.level
     log.setLevel(logging.ERROR)
     try:
-        yield
+        with np.errstate(over="ignore"):
+            yield
     finally:
         log.setLevel(before)
 

@@ -42,13 +42,34 @@ from fedrecsk.engine.uploads import Uploads, UploadSums, add_uploads
 
 PrivacyName = Literal["central", "local"]
 
-# Share of clients that shall fit into each bound.
-FITTING = 0.5
-# Squared share of the first part, which moves the model; the others divide the rest.
-MAIN = 0.6
+# Share of clients that shall fit into each bound. Of 0.05 to 0.7 the best on validation rows of
+# MovieLens-100K: a short bound means little noise, and those who hold most lose most by it.
+FITTING = 0.3
+# Squared share of the first part, which moves the model; the others, which divide the rest, are
+# averaged over many rounds. As good as 0.95, and better than 0.4 to 0.8.
+MAIN = 0.9
 # Standard deviation of the noise in a share of clients that fit, unless that took more than a
 # tenth of the squared shares.
 SHARE_NOISE, MOST_OF_INDICATORS = 0.1, 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Release:
+    """What may be known of a round.
+
+    Attributes
+    ----------
+    sums : UploadSums
+        Noised; its weights are numbers of clients expected.
+    bounds : Tensor of shape (P,), float64
+        For the next round.
+    noise : float
+        Standard deviation of the noise in the numbers of the first part.
+    """
+
+    sums: UploadSums
+    bounds: Tensor
+    noise: float
 
 
 @dataclass(frozen=True)
@@ -86,7 +107,7 @@ class Privacy:
         bounds: Tensor,
         t: int,
         n_clients: int,
-    ) -> tuple[UploadSums, Tensor]:
+    ) -> Release:
         """Add uploads up with privacy.
 
         Parameters
@@ -106,10 +127,7 @@ class Privacy:
 
         Returns
         -------
-        sums : UploadSums
-            Noised; its weights are numbers of clients expected.
-        bounds : Tensor of shape (P,), float64
-            For the next round.
+        Release
         """
         part = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))
         part = part.to(uploads.rows.device)
@@ -127,14 +145,18 @@ class Privacy:
         factor = (limit / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).amin(1)
         sums = add_uploads(_shortened(uploads, factor.clamp_max(1.0)), n_items)
         n_noises = n_clients if self.name == "local" else 1
-        sums = self._noised(sums, part, scale, n_noises, t)
+        spread = self.noise_multiplier * math.sqrt(n_noises) * scale
+        if not self.noise_multiplier:  # an infinite bound times no noise is no noise
+            spread = torch.zeros_like(scale)
+        sums = self._noised(sums, part, spread, t)
         if self.clip_norm is None:
             fit = (lengths <= limit).double().sub(0.5).sum(0).cpu()
-            spread = math.sqrt(n_parts * n_noises) / 2.0 * self.noise_multiplier / learning
+            length = math.sqrt(n_parts) / 2.0
+            own = self.noise_multiplier * math.sqrt(n_noises) * length / learning
             generator = self.streams.torch("privacy bounds", t)
-            fit += spread * torch.randn(n_parts, dtype=torch.float64, generator=generator)
+            fit += own * torch.randn(n_parts, dtype=torch.float64, generator=generator)
             bounds = moved_bounds(bounds, fit / self.cohort + 0.5, t)
-        return sums, bounds
+        return Release(sums, bounds, float(spread[0]))
 
     def _shares(self, n_parts: int) -> tuple[list[float], float]:
         """Divide the upload's squared length of 1 among its parts and the indicators."""
@@ -146,15 +168,11 @@ class Privacy:
         squares = [main * rest, *[others * rest] * (n_parts - 1)]
         return [math.sqrt(square) for square in squares], math.sqrt(learning)
 
-    def _noised(
-        self, sums: UploadSums, part: Tensor, scale: Tensor, n_noises: int, t: int
-    ) -> UploadSums:
-        """Add noise to all rows and numbers, with a scale (P,) for each part."""
+    def _noised(self, sums: UploadSums, part: Tensor, spread: Tensor, t: int) -> UploadSums:
+        """Add noise to all rows and numbers, with a standard deviation (P,) for each part."""
         device, dtype = sums.rows.device, sums.rows.dtype
         generator = self.streams.torch("privacy", t, device=device)
-        spread = (self.noise_multiplier * math.sqrt(n_noises) * scale).to(device, dtype)
-        if not self.noise_multiplier:  # an infinite bound times no noise is no noise
-            spread = torch.zeros_like(spread)
+        spread = spread.to(device, dtype)
         rows = torch.randn(sums.rows.shape, generator=generator, device=device, dtype=dtype)
         numbers = torch.randn(sums.numbers.shape, generator=generator, device=device, dtype=dtype)
         return replace(

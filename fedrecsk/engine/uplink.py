@@ -10,7 +10,7 @@ from torch import Tensor
 from fedrecsk.engine.attacks import Attack
 from fedrecsk.engine.defences import Defence
 from fedrecsk.engine.parallel import ranks
-from fedrecsk.engine.privacy import Privacy
+from fedrecsk.engine.privacy import Privacy, Release
 from fedrecsk.engine.uploads import Uploads, UploadSums, add_uploads, finite, screen
 from fedrecsk.exceptions import NoUsableUploadError
 
@@ -80,7 +80,7 @@ class Uplink:
         widths: Sequence[int],
         bounds: Tensor,
         n_clients: int,
-    ) -> tuple[UploadSums, Tensor, int]:
+    ) -> tuple[Release, int]:
         """Hand the uploads of a round to the server with privacy.
 
         Parameters
@@ -92,17 +92,15 @@ class Uplink:
 
         Returns
         -------
-        sums : UploadSums
-        bounds : Tensor
-            For the next round.
+        release : Release
         n_rejected : int
             Clients that sent what is not finite, of whom nothing is added. That nobody is left is
             no error: it would tell of all of them.
         """
         assert self.privacy is not None
         usable = finite(self._sent(uploads, vectors, table, t))
-        sums, bounds = self.privacy.add(usable, len(table), widths, bounds, t, n_clients)
-        return sums, bounds, len(uploads.clients) - len(usable.clients)
+        release = self.privacy.add(usable, len(table), widths, bounds, t, n_clients)
+        return release, len(uploads.clients) - len(usable.clients)
 
     def _sent(self, uploads: Uploads, vectors: Tensor, table: Tensor, t: int) -> Uploads:
         """Let dishonest clients send what they want."""

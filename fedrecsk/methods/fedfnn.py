@@ -47,7 +47,7 @@ from fedrecsk.engine.device import to_device
 from fedrecsk.engine.local import Moments, Optimizer, Params, apply_gradients, init_moments
 from fedrecsk.engine.mixing import scatter_sum, weighted_mean
 from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
-from fedrecsk.engine.privacy import Privacy
+from fedrecsk.engine.privacy import Privacy, Release
 from fedrecsk.engine.sampling import (
     epoch_cohort,
     poisson_cohort,
@@ -58,7 +58,7 @@ from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
 from fedrecsk.engine.uplink import Uplink
-from fedrecsk.engine.uploads import Uploads, UploadSums
+from fedrecsk.engine.uploads import Uploads
 from fedrecsk.exceptions import NoUsableUploadError
 from fedrecsk.methods.delegate_sums import DelegateSums, uploads_of
 from fedrecsk.methods.meta_network import PredictorName, cluster_labels, predict_updates
@@ -354,7 +354,7 @@ def bce_step(
     sums.finish()
     if uplink is not None and uplink.privacy is not None:
         n_numbers = sum(value.numel() for value in state.head.values())
-        received, clip_norms, n_rejected = _released(
+        release, n_rejected = _released(
             uplink,
             uplink.privacy,
             Uploads.join([own for own, _ in sent] or [Uploads.nobody(width, n_numbers, table)]),
@@ -364,7 +364,8 @@ def bce_step(
             t,
             len(delegates),
         )
-        sums.take_noised(received, n_rejected)
+        sums.take_noised(release.sums, n_rejected)
+        clip_norms = release.bounds
     elif uplink is not None and sums.n_broken < len(delegates):
         uploads = Uploads.join([own for own, _ in sent])
         received, n_rejected = uplink.receive(
@@ -413,6 +414,8 @@ def bce_step(
         "bytes_up": sums.n_rows * sparse_row_bytes(1, table.shape[1])
         + len(delegates) * dense_bytes((n_shared,)),
     }
+    if _is_dense(uplink):
+        logs["bytes_up"] = len(delegates) * dense_bytes(tuple(table.shape), (n_shared,))
     new = replace(
         state,
         user_factors=user_factors,
@@ -580,9 +583,9 @@ def whole_data_step(
         if uplink is not None:
             sent.append((whole_data.uploads_of(cohort, users, items), users))
     n_rejected = len(np.unique(np.concatenate(broken))) if broken else 0
-    clip_norms = state.clip_norms
+    clip_norms, noise = state.clip_norms, 0.0
     if uplink is not None and uplink.privacy is not None:
-        total, clip_norms, more = _noised(
+        total, release, more = _noised(
             uplink,
             uplink.privacy,
             sent,
@@ -593,6 +596,7 @@ def whole_data_step(
             len(delegates),
             item_curvature=item_curvature,
         )
+        clip_norms, noise = release.bounds, release.noise
         n_rejected += more
     elif uplink is not None and total.n_users:
         total, more = _received(uplink, sent, total, shards, items, t)
@@ -615,6 +619,7 @@ def whole_data_step(
         rate=rate,
         decay=decay,
         item_curvature=item_curvature,
+        noise=noise,
     )
     d = items.shape[1]
     n_rows, width = int(shards.client_items[delegates].sum()), d + 1 + item_curvature
@@ -626,6 +631,8 @@ def whole_data_step(
         # A row carries the pull on the item, its count and its curvature.
         "bytes_up": sparse_row_bytes(n_rows, width) + len(delegates) * dense_bytes((d, d)),
     }
+    if _is_dense(uplink):
+        logs["bytes_up"] = len(delegates) * dense_bytes((len(items), width), (d, d))
     new = replace(
         state,
         user_factors=user_factors,
@@ -671,8 +678,8 @@ def _noised(
     n_clients: int,
     *,
     item_curvature: bool,
-) -> tuple[whole_data.Sums, Tensor, int]:
-    """Return the sums that `_received` would, with privacy, and the next bounds."""
+) -> tuple[whole_data.Sums, Release, int]:
+    """Return the sums that `_received` would, with privacy, and all that is released."""
     items = state.item_table
     d = items.shape[1]
     of_users = Uploads.join([own for own, _ in sent] or [Uploads.nobody(d + 2, d * d, items)])
@@ -682,20 +689,32 @@ def _noised(
     columns = [*range(d), d, d + 1] if item_curvature else [*range(d), d + 1]
     widths = (d, *[1] * (len(columns) - d))
     uploads = uploads.with_rows(uploads.rows[:, columns])
-    received, clip_norms, n_rejected = _released(
-        uplink, privacy, uploads, means, widths, state, t, n_clients
-    )
+    release, n_rejected = _released(uplink, privacy, uploads, means, widths, state, t, n_clients)
+    received = release.sums
     rows = items.new_zeros(len(items), d + 2)
     rows[:, columns] = received.rows
-    gram = received.numbers.reshape(d, d)
     sums = whole_data.sums_of(
-        # Clients send symmetric matrices, noise is none: the mean with its transpose halves it.
-        replace(received, rows=rows, numbers=(0.5 * (gram + gram.T)).flatten()),
+        replace(received, rows=rows, numbers=_positive(received.numbers.reshape(d, d)).flatten()),
         loss=total.loss,
         n_users=max(1, round(privacy.cohort * shards.n_users / shards.n_clients)),
         n_rows=total.n_rows,
     )
-    return sums, clip_norms, n_rejected
+    return sums, release, n_rejected
+
+
+def _positive(gram: Tensor) -> Tensor:
+    """Find the Gram matrix nearest to one with noise: symmetric, without negative eigenvalues.
+
+    Along a direction with a negative one the server's steps would blow the items up.
+    """
+    values, basis = torch.linalg.eigh(0.5 * (gram + gram.T))
+    positive: Tensor = basis * values.clamp_min(0.0) @ basis.T
+    return positive
+
+
+def _is_dense(uplink: Uplink | None) -> bool:
+    """Whether clients send every row: noise of their own must be in those they have not touched."""
+    return uplink is not None and uplink.privacy is not None and uplink.privacy.name == "local"
 
 
 def _client_wise(uploads: Uploads, vectors: Tensor, n_items: int) -> tuple[Uploads, Tensor]:
@@ -714,7 +733,7 @@ def _released(
     state: FactorState,
     t: int,
     n_clients: int,
-) -> tuple[UploadSums, Tensor, int]:
+) -> tuple[Release, int]:
     """Release the sums of a round, from the bounds in the state, or from scratch."""
     bounds, n_parts = state.clip_norms, len(widths) + int(uploads.numbers.shape[1] > 0)
     if bounds is None or len(bounds) != n_parts:  # a fit that goes on may send other parts

@@ -39,6 +39,10 @@ from fedrecsk.engine.uploads import Uploads, UploadSums
 JITTER = 1e-6
 # Smallest eigenvalue of the Gram matrix in a server step, relative to the largest.
 FLOOR = 1e-4
+# Penalty per standard deviation of a row's noisy gradient; the smaller the server's rate, the more
+# rounds the noise is averaged over, hence its root beside it. Of 0.3 to 300 the best on validation
+# rows of MovieLens-100K for epsilon from 2 to 100, with 8 columns and two seeds.
+DAMPING = 10.0
 ALL_COLUMNS = slice(None)
 # Numbers in the users' d x d matrices that are solved at a time, 256 MiB in single precision: a
 # chunk bounds the rows alone, and may hold as many users, each with a matrix larger than its rows.
@@ -364,6 +368,7 @@ def server_step(
     item_curvature: bool = True,
     columns: slice = ALL_COLUMNS,
     n_owners: int | None = None,
+    noise: float = 0.0,
 ) -> tuple[Tensor, ServerStatistics]:
     """Move the item table by one quasi-Newton step from the cohort's sums.
 
@@ -408,6 +413,8 @@ def server_step(
     )
     counts = (new.counts / weight).clamp_min(0.0)  # noise may have made them negative
     ridge = penalty.strength(counts, mean_rows)[:, None]
+    if noise:
+        ridge = ridge + DAMPING * scale * noise * rate**0.5
     grad = scale * sums.pull[:, columns]
     grad -= unobserved_weight * scale * item_factors @ sums.gram[:, columns]
     grad -= ridge * block
