@@ -63,12 +63,15 @@ class Release:
         Noised; its weights are numbers of clients expected.
     bounds : Tensor of shape (P,), float64
         For the next round.
+    clip_norm : float
+        What the first part was shortened to, or the whole upload.
     noise : float
         Standard deviation of the noise in the numbers of the first part.
     """
 
     sums: UploadSums
     bounds: Tensor
+    clip_norm: float
     noise: float
 
 
@@ -94,10 +97,6 @@ class Privacy:
     clip_norm: float | None
     cohort: int
     streams: Streams
-
-    def start(self, n_parts: int) -> Tensor:
-        """Return the bounds (n_parts,) before the first round."""
-        return torch.ones(n_parts, dtype=torch.float64)
 
     def add(
         self,
@@ -155,8 +154,8 @@ class Privacy:
             own = self.noise_multiplier * math.sqrt(n_noises) * length / learning
             generator = self.streams.torch("privacy bounds", t)
             fit += own * torch.randn(n_parts, dtype=torch.float64, generator=generator)
-            bounds = moved_bounds(bounds, fit / self.cohort + 0.5, t)
-        return Release(sums, bounds, float(spread[0]))
+            bounds = moved_bounds(bounds, fit / self.cohort + 0.5, own / self.cohort, t)
+        return Release(sums, bounds, float(limit[0]), float(spread[0]))
 
     def _shares(self, n_parts: int) -> tuple[list[float], float]:
         """Divide the upload's squared length of 1 among its parts and the indicators."""
@@ -220,7 +219,7 @@ def _shortened(uploads: Uploads, factor: Tensor) -> Uploads:
     )
 
 
-def moved_bounds(bounds: Tensor, fitting: Tensor, t: int) -> Tensor:
+def moved_bounds(bounds: Tensor, fitting: Tensor, noise: float, t: int) -> Tensor:
     """Move bounds (P,) towards those that the wanted share of clients fit into.
 
     Parameters
@@ -228,6 +227,8 @@ def moved_bounds(bounds: Tensor, fitting: Tensor, t: int) -> Tensor:
     bounds : Tensor of shape (P,)
     fitting : Tensor of shape (P,)
         Share of clients that fit, as far as noise lets it be known.
+    noise : float
+        Standard deviation of the noise in it. The more there is, the smaller the steps.
     t : int
         Number of the round. The first rounds take large steps, from a start that knows nothing.
 
@@ -239,9 +240,10 @@ def moved_bounds(bounds: Tensor, fitting: Tensor, t: int) -> Tensor:
     --------
     >>> import torch
     >>> from fedrecsk.engine.privacy import moved_bounds
-    >>> moved_bounds(torch.ones(3), torch.tensor([0.0, 0.5, 1.0]), 9)
-    tensor([1.6487, 1.0000, 0.6065])
+    >>> moved_bounds(torch.ones(3), torch.tensor([0.0, 0.3, 1.0]), 0.0, 9)
+    tensor([1.3499, 1.0000, 0.4966])
     """
-    rate = max(1.0, 3.0 / (t + 1))
-    moved: Tensor = bounds * torch.exp(-rate * (fitting.clamp(0.0, 1.0) - FITTING))
+    rate = max(1.0, 3.0 / (t + 1)) / (1.0 + (noise / SHARE_NOISE) ** 2)
+    # Not cut to [0, 1]: what noise adds must be zero in the mean, lest bounds run away.
+    moved: Tensor = bounds * torch.exp((-rate * (fitting - FITTING)).clamp(-3.0, 3.0))
     return moved

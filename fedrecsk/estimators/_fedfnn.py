@@ -35,7 +35,6 @@ from fedrecsk.estimators._privacy import (
     NOTHING_PROMISED,
     PRIVACY_CONSTRAINTS,
     check_private,
-    describe_round,
     promise,
     rounds_of,
 )
@@ -131,10 +130,12 @@ class FedFNNRecommender(BaseRecommender):
         Rounds of a fit.
     clients_per_round : int or float, default=0.2
         Delegates a round: a number, or a share of all clients in (0, 1].
-    sampling : {"epoch", "uniform", "stratified"}, default="epoch"
+    sampling : {"epoch", "uniform", "poisson", "stratified"}, default="epoch"
         ``"epoch"`` draws among those with the fewest turns, so that everybody takes part once
-        before anybody does so twice; ``"uniform"`` draws each round anew; ``"stratified"`` gives
-        equal quotas to `n_clusters` clusters of the users' vectors, as FedFast does.
+        before anybody does so twice; ``"uniform"`` draws each round anew; ``"poisson"`` draws
+        each client for itself, so that cohorts vary in size and a round may have nobody;
+        ``"stratified"`` gives equal quotas to `n_clusters` clusters of the users' vectors, as
+        FedFast does.
     local_epochs : int, default=5
         Passes over a client's own examples in a round (``"bce"``).
     learning_rate : float or "auto", default="auto"
@@ -232,6 +233,28 @@ default="gradient"
         How much louder than honest clients they are.
     target_item : item id, default=None
         What shall be recommended; None: the least popular item.
+    privacy : {"central", "local"} or None, default=None
+        Differential privacy of what the server learns, with a client and all that it holds as
+        the unit: uploads are clipped, and their sums noised by a server that is trusted with
+        uploads, or uploads by each client. `docs/privacy.md` says what that protects and what
+        not. Refused with what would look at clients past the noise: defences, early stopping,
+        ``sampling="stratified"``, predictions that are read, and with ``"bce"`` other item
+        weightings than ``"fedavg"``. With it every client weighs the same.
+    noise_multiplier : float or "auto", default=1.0
+        Standard deviation of the noise over the length that uploads are clipped to. ``"auto"``:
+        the smallest with which all `n_rounds` together stay within `target_epsilon`.
+    clip_norm : float or "auto", default="auto"
+        Length that a client's upload is shortened to, rows, counts and numbers as one vector.
+        ``"auto"`` gives each of these parts a length of its own, learned privately as one that
+        three clients in ten stay within.
+    target_epsilon : float or None, default=None
+        The fit ends before the round that would exceed it.
+    delta : float or "auto", default="auto"
+        ``"auto"``: 1e-5, or ``n_clients ** -1.1`` where that is less.
+    accountant : {"auto", "pld", "rdp"}, default="auto"
+        What adds rounds up: distributions of the privacy loss, or Rényi divergences, which bound
+        epsilon less tightly and alone know cohorts of fixed size. ``"auto"`` takes ``"rdp"`` for
+        those, else ``"pld"``. Needs ``pip install "fedrecsk[privacy]"``.
     min_rating : float or None, default=None
         Drop weaker rows first.
     early_stopping : bool, default=False
@@ -284,10 +307,19 @@ default="gradient"
         Clients that `attack` makes dishonest, sorted; none without.
     target_item_ : item id or None
         What they promote.
+    epsilon_ : float
+        What all fits so far have cost; infinite without privacy.
+    delta_ : float or None
+        What epsilon goes with.
+    privacy_spent_ : list of dict or None
+        Rounds by noise and sampling, for `partial_fit` to count on from.
+    clip_norms_ : ndarray of shape (n_parts,)
+        What the parts of an upload would be shortened to next; empty without privacy.
     history_ : list of dict
         One a round: ``round, loss, seconds, clients, rejected, bytes_up, bytes_down``; of the
-        clients, those rejected sent what was not finite or far too large. With early stopping
-        ``validation_ndcg``, with a predictor at work ``predictor_r2, predictor_cosine,
+        clients, those rejected sent what was not finite or far too large. With privacy
+        ``epsilon`` (all rounds so far) and ``clip_norm``; the rest is not protected. With early
+        stopping ``validation_ndcg``, with a predictor at work ``predictor_r2, predictor_cosine,
         predictor_candidate, predicted_share, predicted_norm, prediction_active, user_norm``.
     n_rounds_ : int
     n_features_in_ : int
@@ -301,8 +333,9 @@ default="gradient"
 
     Notes
     -----
-    The server holds the users' vectors here, which plain federated matrix factorisation does not
-    ask for: they reveal taste. `docs/methods/fedfnn.md` says what is ours and what the paper's.
+    The server holds the users' vectors here where predictions are read, which plain federated
+    matrix factorisation does not ask for: they reveal taste. `docs/methods/fedfnn.md` says what is
+    ours and what the paper's.
 
     References
     ----------
@@ -785,7 +818,8 @@ def simulate_fedfnn(
         if not len(delegates) and promised is None:
             return idle_step(state)
         trained, logs = train(state, delegates, t)
-        logs |= describe_round(promised, t - state.first_round, state.clip_norms)
+        if promised is not None:
+            logs["epsilon"] = promised.epsilons[t - state.first_round]
         if kind is None:
             return trained, logs
         monitored = float(logs["loss"])  # patience decides now, so the device is waited for

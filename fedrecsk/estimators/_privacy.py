@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -229,13 +229,3 @@ def check_private(
 def rounds_of(promised: Promise | None, n_rounds: int) -> int:
     """Count the rounds that a fit may make."""
     return n_rounds if promised is None else len(promised.epsilons)
-
-
-def describe_round(promised: Promise | None, number: int, clip_norms: Any) -> Attributes:
-    """Say what a round adds to the history: epsilon after it, and what it was clipped to."""
-    if promised is None:
-        return {}
-    clip = promised.privacy.clip_norm
-    if clip is None:
-        clip = float(promised.privacy.start(1)[0] if clip_norms is None else clip_norms[0])
-    return {"epsilon": promised.epsilons[number], "clip_norm": clip}
