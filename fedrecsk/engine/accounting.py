@@ -155,8 +155,8 @@ def _fitting_noise(plan: Plan, target: float) -> float:
     """See `fitting_noise`; the search takes seconds."""
     last = replace(plan, turns=plan.turns[-1:])
 
-    def excess(log_noise: float) -> float:
-        return last.with_noise(math.exp(log_noise)).epsilons()[0] - target
+    def excess(log_noise: float) -> float:  # nearly a straight line, which few looks will find
+        return math.log(last.with_noise(math.exp(log_noise)).epsilons()[0] / target)
 
     high = 0.0
     while excess(high) > 0:
@@ -205,8 +205,8 @@ def _by_rdp(plan: Plan) -> Callable[[int], float]:
     with _silence():
         start = np.asarray(0.0)
         for charge in plan.spent:
-            start = start + charge.rounds * _divergences(charge)
-        once = _divergences(plan.charge)
+            start = start + charge.rounds * _divergences(replace(charge, rounds=1))
+        once = _divergences(replace(plan.charge, rounds=1))
     orders = rdp.RdpAccountant().orders
 
     def count(turns: int) -> float:
@@ -217,6 +217,7 @@ def _by_rdp(plan: Plan) -> Callable[[int], float]:
     return count
 
 
+@lru_cache(maxsize=64)
 def _divergences(charge: Charge) -> Any:
     """Rényi divergences of one round, by order."""
     library = _library()

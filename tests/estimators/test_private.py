@@ -89,7 +89,7 @@ def test_private_fits_are_repeatable_and_say_what_they_cost(kind, name, X):
 
 
 def test_the_noise_reaches_items_that_nobody_has_touched(X):
-    kept = X[X[:, 1] < 40]
+    kept = X[X[:, 1] < 40, :2]
     few = np.vstack([kept, [[kept[0, 0], item] for item in range(40, 45)]])
     model = fit("fedavg", few, n_rounds=1, clients_per_round=0.1, noise_multiplier=5.0)
     still = clone(model).set_params(noise_multiplier=0.0).fit(few)
@@ -204,7 +204,7 @@ def test_what_breaks_the_promise_is_refused(why, X):
         fit("whole-data", X, **changes)
 
 
-@pytest.mark.parametrize("kind", ["whole-data", "fedavg", "ncf"])
+@pytest.mark.parametrize("kind", ["whole-data", "fedavg"])
 def test_a_round_without_clients_leaves_a_plain_fit_and_noises_a_private_one(kind, X):
     few = {"clients_per_round": 1, "n_rounds": 8}  # of 80: one round in three has nobody
     model = clone(KINDS[kind]).set_params(**few).fit(X)
