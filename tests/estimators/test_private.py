@@ -129,7 +129,6 @@ def test_a_target_ends_the_fit_before_it_is_exceeded(X):
     "changes",
     [
         {},
-        {"sampling": "uniform"},
         {"sampling": "epoch"},
         {"privacy": "local"},
         {"accountant": "auto"},
