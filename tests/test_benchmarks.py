@@ -36,7 +36,7 @@ sizes, sizes_report = script("hetefedrec_sizes"), script("_sizes_report")
 balance = script("fellrec_balance")
 split = script("fellrec_split")
 round_profile, other_engines = script("round_profile"), script("other_engines")
-scale = script("scale")
+scale, privacy = script("scale"), script("privacy")
 
 
 @pytest.fixture(scope="module")
@@ -1378,6 +1378,48 @@ def test_scale_measures_one_point_when_asked_to(capsys):
     assert {name: row[name] for name in vars(point)} == vars(point)
     with pytest.raises(SystemExit, match="drop --data"):
         scale.main(["--data", "ml-100k"])
+
+
+# ------------------------------------------------------------------ privacy
+
+
+def test_privacy_end_to_end(data, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("dp_accounting")
+    larger = replace(data, name="larger", clients=None)
+    monkeypatch.setattr(privacy, "load", lambda paths, quick: [data, larger])
+    monkeypatch.setattr(privacy, "MANY_USERS", 10**9)
+    out, figure = tmp_path / "privacy.json", tmp_path / "privacy.png"
+    words = ["--quick", "--out", str(out)]
+    if importlib.util.find_spec("matplotlib"):
+        words += ["--figure", str(figure)]
+    assert privacy.main(words) == 0
+    assert figure.is_file() == ("--figure" in words)
+    report = json.loads(out.read_text())
+    assert report["goals"] == []
+    points = report["data"]["tiny"]["points"]
+    assert [(p["privacy"], p["objective"], p["epsilon"]) for p in points] == [
+        ("none", "whole-data", None),
+        ("central", "whole-data", 8),
+        ("local", "whole-data", 512),
+        ("none", "bce", None),
+        ("central", "bce", 8),
+    ]
+    assert points[0]["ndcg@20"][0] > points[2]["ndcg@20"][0]
+    text = "<!-- privacy -->\n<!-- /privacy -->"
+    filled = tables.rewrite(text, {"privacy": report}, tables.SECTIONS)
+    assert "**tiny, 40 users, " in filled
+    assert f"| 512 | {points[2]['ndcg@20'][0]:.3f} |" in filled
+    assert "no privacy" in capsys.readouterr().out
+
+
+def test_privacy_asks_for_more_than_popularity():
+    points = [
+        {"privacy": "central", "objective": one, "epsilon": 8, "ndcg@20": scores}
+        for one, scores in (("bce", [0.1, 0.1]), ("whole-data", [0.2, 0.4]))
+    ]
+    (goal,) = privacy.goals_of({"ml": {"popularity": [0.2, 0.2], "points": points}})
+    assert goal.value == pytest.approx(1.5)
+    assert goal.held
 
 
 # ------------------------------------------------------------------- tables
