@@ -305,7 +305,7 @@ def scale_section(report: Report) -> str:
 
 
 def privacy_section(report: Report) -> str:
-    """A table for each data set and kind of noise."""
+    """Write a table for each data set and kind of noise."""
     parts = [origin(report)]
     for heading, header, rows in privacy.tables_of(report):
         parts += [f"**{heading}**", markdown(header, rows)]
