@@ -27,6 +27,7 @@ import fedfnn_sensitivity as sensitivity
 import fedfnn_streaming as streaming
 import fellrec_balance as balance
 import fellrec_split as split
+import privacy
 import round_profile as profile
 import scale
 from _common import RESULTS, paired_ratio
@@ -307,6 +308,16 @@ def scale_section(report: Report) -> str:
     return "\n\n".join([*parts, *goals(report)])
 
 
+def privacy_section(report: Report) -> str:
+    """Write a table for each data set and kind of noise."""
+    parts = [origin(report)]
+    for heading, header, rows in privacy.tables_of(report):
+        parts += [f"**{heading}**", markdown(header, rows)]
+    chosen = [f"{name}: {_words(params)}" for name, params in report["chosen"].items()]
+    parts.append(f"Chosen: {'; '.join(chosen)}.")
+    return "\n\n".join([*parts, *goals(report)])
+
+
 def scale_summary(report: Report) -> str:
     """One table: the large point, and how much the others matter who take no part."""
     return markdown(*scale.summary(report))
@@ -360,6 +371,7 @@ SECTIONS: Places = {
     "fellrec_split": ("fellrec_split", fellrec_split_section),
     "hetefedrec_sizes": ("hetefedrec_sizes", hetefedrec_sizes_section),
     "other_engines": ("other_engines", other_engines_section),
+    "privacy": ("privacy", privacy_section),
     "round_profile": ("round_profile", round_profile_section),
     "scale": ("scale", scale_section),
     "whole_data": ("whole_data", whole_data_section),

@@ -37,6 +37,7 @@ balance = script("fellrec_balance")
 split = script("fellrec_split")
 round_profile, other_engines = script("round_profile"), script("other_engines")
 scale, faults, compression = script("scale"), script("faults"), script("compression")
+privacy = script("privacy")
 
 
 @pytest.fixture(scope="module")
@@ -1475,6 +1476,48 @@ def test_compression_goals_and_losses(monkeypatch):
     assert compression.loss_of(rows[3], rows[0]) == pytest.approx(0.2)
     fewer, _ = compression.goals_of("ml", [row for row in rows if row["ndcg@20"] != [0.4, 0.598]])
     assert not fewer.held
+
+
+# ------------------------------------------------------------------ privacy
+
+
+def test_privacy_end_to_end(data, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("dp_accounting")
+    larger = replace(data, name="larger", clients=None)
+    monkeypatch.setattr(privacy, "load", lambda paths, quick: [data, larger])
+    monkeypatch.setattr(privacy, "MANY_USERS", 10**9)
+    out, figure = tmp_path / "privacy.json", tmp_path / "privacy.png"
+    words = ["--quick", "--out", str(out)]
+    if importlib.util.find_spec("matplotlib"):
+        words += ["--figure", str(figure)]
+    assert privacy.main(words) == 0
+    assert figure.is_file() == ("--figure" in words)
+    report = json.loads(out.read_text())
+    assert report["goals"] == []
+    points = report["data"]["tiny"]["points"]
+    assert [(p["privacy"], p["objective"], p["epsilon"]) for p in points] == [
+        ("none", "whole-data", None),
+        ("central", "whole-data", 8),
+        ("local", "whole-data", 512),
+        ("none", "bce", None),
+        ("central", "bce", 8),
+    ]
+    assert points[0]["ndcg@20"][0] > points[2]["ndcg@20"][0]
+    text = "<!-- privacy -->\n<!-- /privacy -->"
+    filled = tables.rewrite(text, {"privacy": report}, tables.SECTIONS)
+    assert "**tiny, 40 users, " in filled
+    assert f"| 512 | {points[2]['ndcg@20'][0]:.3f} |" in filled
+    assert "no privacy" in capsys.readouterr().out
+
+
+def test_privacy_asks_for_more_than_popularity():
+    points = [
+        {"privacy": "central", "objective": one, "epsilon": 8, "ndcg@20": scores}
+        for one, scores in (("bce", [0.1, 0.1]), ("whole-data", [0.2, 0.4]))
+    ]
+    (goal,) = privacy.goals_of({"ml": {"popularity": [0.2, 0.2], "points": points}})
+    assert goal.value == pytest.approx(1.5)
+    assert goal.held
 
 
 # ------------------------------------------------------------------- tables

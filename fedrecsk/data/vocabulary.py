@@ -367,7 +367,8 @@ def one_or_many(values: ArrayLike, *, source: str) -> IdArray:
     # Not numpy.atleast_1d, which makes text of numbers beside text, and cuts the ends of text.
     if isinstance(values, list | tuple) or np.ndim(values):
         return as_ids(values, source=source)
-    return as_ids([values.item() if isinstance(values, np.ndarray) else values], source=source)
+    one: Any = values.item() if isinstance(values, np.ndarray) else values
+    return as_ids([one], source=source)
 
 
 def check_finite(array: NDArray[np.float64], source: str, column: str | None = None) -> None:

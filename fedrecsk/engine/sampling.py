@@ -51,6 +51,30 @@ def uniform_cohort(n_clients: int, size: int, rng: np.random.Generator) -> NDArr
     return np.sort(chosen).astype(np.int64)
 
 
+def poisson_cohort(n_clients: int, size: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw every client with probability ``size / n_clients``, each for itself.
+
+    Parameters
+    ----------
+    n_clients, size : int
+        Population and expected sample, ``size <= n_clients``.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    ndarray of int64
+        Ascending; there may be none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fedrecsk.engine.sampling import poisson_cohort
+    >>> poisson_cohort(4, 4, np.random.default_rng(0)).tolist()
+    [0, 1, 2, 3]
+    """
+    return np.flatnonzero(rng.random(n_clients) * n_clients < size).astype(np.int64)
+
+
 def epoch_cohort(
     turns: NDArray[np.int64], size: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -10,8 +11,9 @@ from fedrecsk.engine.attacks import Attack
 from fedrecsk.engine.compression import Compression
 from fedrecsk.engine.defences import Defence
 from fedrecsk.engine.parallel import ranks
+from fedrecsk.engine.privacy import Privacy, Release
 from fedrecsk.engine.secure_sum import SecureSum
-from fedrecsk.engine.uploads import Residual, Uploads, UploadSums, add_uploads, screen
+from fedrecsk.engine.uploads import Residual, Uploads, UploadSums, add_uploads, finite, screen
 from fedrecsk.exceptions import NoUsableUploadError
 
 
@@ -30,12 +32,17 @@ class Uplink:
     secure_sum : SecureSum or None
         How clients add up themselves, so that the server sees sums alone; leaves no room for
         compression or a defence.
+    privacy : Privacy or None
+        How uploads are shortened and noised before anybody may look at their sums. It takes the
+        place of a defence: what a defence does to one upload depends on the others, so one client
+        could change the sums by more than its own upload.
     """
 
     attack: Attack | None = None
     defence: Defence | None = None
     compression: Compression | None = None
     secure_sum: SecureSum | None = None
+    privacy: Privacy | None = None
 
     def receive(
         self,
@@ -71,14 +78,8 @@ class Uplink:
         NoUsableUploadError
             If that is true of all.
         """
-        if ranks().size > 1:
-            raise ValueError(
-                "attack, defence, compression and secure_aggregation need all uploads of a round "
-                "in one place: start one process."
-            )
         n_clients, (n_items, width) = len(uploads.clients), table.shape
-        if self.attack is not None:
-            uploads = self.attack.apply(uploads, vectors, table, t)
+        uploads = self._sent(uploads, vectors, table, t)
         if self.secure_sum is not None:
             summed = self.secure_sum.add(uploads, n_items, width, t)
             return summed, n_clients - len(summed.clients)
@@ -93,3 +94,46 @@ class Uplink:
         add = add_uploads if self.defence is None else self.defence.add
         sums = replace(add(usable, n_items), bytes_up=n_bytes, residual=residual)
         return sums, n_clients - len(usable.clients)
+
+    def release(
+        self,
+        uploads: Uploads,
+        vectors: Tensor,
+        table: Tensor,
+        t: int,
+        *,
+        widths: Sequence[int],
+        bounds: Tensor,
+        n_clients: int,
+    ) -> tuple[Release, int]:
+        """Hand the uploads of a round to the server with privacy.
+
+        Parameters
+        ----------
+        uploads, vectors, table, t
+            As in `receive`.
+        widths, bounds, n_clients
+            See `Privacy.add`.
+
+        Returns
+        -------
+        release : Release
+        n_rejected : int
+            Clients that sent what is not finite, of whom nothing is added. That nobody is left is
+            no error: it would tell of all of them.
+        """
+        assert self.privacy is not None
+        usable = finite(self._sent(uploads, vectors, table, t))
+        release = self.privacy.add(usable, len(table), widths, bounds, t, n_clients)
+        return release, len(uploads.clients) - len(usable.clients)
+
+    def _sent(self, uploads: Uploads, vectors: Tensor, table: Tensor, t: int) -> Uploads:
+        """Let dishonest clients send what they want."""
+        if ranks().size > 1:
+            raise ValueError(
+                "attack, defence, compression, secure_aggregation and privacy need all uploads of "
+                "a round in one place: start one process."
+            )
+        if self.attack is None or not len(uploads.clients):
+            return uploads
+        return self.attack.apply(uploads, vectors, table, t)

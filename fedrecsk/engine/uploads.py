@@ -6,6 +6,7 @@ all clients. `add_uploads` adds them up as they are. Everything that may happen 
 a careful server does instead of adding, works on `Uploads` and ends in `UploadSums`:
 
     honest clients -> attacks of dishonest ones -> screening -> defence -> sums -> server step
+    honest clients -> attacks of dishonest ones -> privacy -> noised sums -> server step
 
 Steps that trust everybody never lay uploads out: they add rows up as they come, chunk by chunk.
 """
@@ -62,6 +63,21 @@ class Uploads:
     n_directions: int
     numbers: Tensor
     weights: Tensor
+
+    @classmethod
+    def nobody(cls, width: int, n_numbers: int, like: Tensor) -> Uploads:
+        """Give what no client sends, rows of some width and numbers, beside a tensor."""
+        none = torch.zeros(0, dtype=torch.int64, device=like.device)
+        return cls(
+            clients=np.zeros(0, dtype=np.int64),
+            row_clients=none,
+            row_items=none,
+            rows=like.new_zeros(0, width),
+            row_weights=like.new_zeros(0),
+            n_directions=width,
+            numbers=like.new_zeros(0, n_numbers),
+            weights=like.new_zeros(0),
+        )
 
     @classmethod
     def join(cls, parts: Sequence[Uploads]) -> Uploads:
@@ -241,6 +257,22 @@ def screen(uploads: Uploads) -> Uploads:
         typical = norms[usable].median()
         if float(typical) > 0:  # else most clients have nothing to say, which is no measure
             usable &= norms <= EXPLODED * typical
+    return uploads if bool(usable.all()) else uploads.of(usable)
+
+
+def finite(uploads: Uploads) -> Uploads:
+    """Drop the clients that send what is not finite; unlike `screen` it looks at each alone.
+
+    Parameters
+    ----------
+    uploads : Uploads
+
+    Returns
+    -------
+    Uploads
+    """
+    exact = replace(uploads, rows=uploads.rows.double(), numbers=uploads.numbers.double())
+    usable = exact.norms().isfinite()
     return uploads if bool(usable.all()) else uploads.of(usable)
 
 

@@ -168,7 +168,10 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
     def _settings(self) -> Attributes:
         """Parameters that decide the result of a round, by which a checkpoint is told."""
         parameters: Attributes = self.get_params(deep=False)
-        return {name: parameters[name] for name in parameters.keys() - NOT_OF_A_ROUND}
+        names = parameters.keys() - NOT_OF_A_ROUND
+        if parameters.get("privacy") is not None and parameters["noise_multiplier"] == "auto":
+            names |= {"n_rounds"}  # which the noise follows from
+        return {name: parameters[name] for name in names}
 
     # ------------------------------------------------------------------ fitting
 

@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrecsk.data.interactions import Interactions
+from fedrecsk.engine.accounting import AccountantName
 from fedrecsk.engine.attacks import AttackName
 from fedrecsk.engine.compression import CompressionName
 from fedrecsk.engine.defences import DefenceName
 from fedrecsk.engine.local import OptimizerName
 from fedrecsk.engine.participation import Availability, ClientSeconds
+from fedrecsk.engine.privacy import PrivacyName
 from fedrecsk.engine.traffic import sparse_row_bytes
 from fedrecsk.estimators._base import SHARED_CONSTRAINTS, Attributes, BaseRecommender, RoundWatch
 from fedrecsk.estimators._factors import score_factor_items, score_factor_pairs
@@ -24,6 +26,7 @@ from fedrecsk.estimators._fedfnn import (
     factor_probability,
     simulate_fedfnn,
 )
+from fedrecsk.estimators._privacy import PRIVACY_CONSTRAINTS
 from fedrecsk.estimators._sklearn import Constraints
 from fedrecsk.estimators._uplink import SecureAggregation
 from fedrecsk.methods.fedfnn import SamplingName
@@ -48,7 +51,7 @@ class FedAvgRecommender(BaseRecommender):
     n_rounds : int, default=40
     clients_per_round : int or float, default=0.2
         A number, or a share of all clients in (0, 1].
-    sampling : {"uniform", "epoch", "stratified"}, default="uniform"
+    sampling : {"uniform", "poisson", "epoch", "stratified"}, default="uniform"
     availability : float, mapping, array-like, callable or None, default=None
     dropout_rate : float in [0, 1), default=0.0
     client_seconds : float, mapping, array-like or None, default=None
@@ -82,6 +85,12 @@ class FedAvgRecommender(BaseRecommender):
     error_feedback : bool, default=True
     secure_aggregation : bool or "simulate", default=False
     secure_bits : int, default=32
+    privacy : {"central", "local"} or None, default=None
+    noise_multiplier : float or "auto", default=1.0
+    clip_norm : float or "auto", default="auto"
+    target_epsilon : float or None, default=None
+    delta : float or "auto", default="auto"
+    accountant : {"auto", "pld", "rdp"}, default="auto"
     min_rating : float or None, default=None
     early_stopping : bool, default=False
     validation_fraction : float in (0, 1), default=0.1
@@ -102,6 +111,8 @@ class FedAvgRecommender(BaseRecommender):
     n_graph_layers_, item_propagation_, item_evidence_, user_gram_, user_gram_weight_ :
         As in `FedFNNRecommender`.
     malicious_client_ids_, target_item_ :
+        As in `FedFNNRecommender`.
+    epsilon_, delta_, privacy_spent_, clip_norms_ :
         As in `FedFNNRecommender`.
     user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
         As in `FedFNNRecommender`.
@@ -124,6 +135,7 @@ class FedAvgRecommender(BaseRecommender):
 
     _parameter_constraints: ClassVar[Constraints] = {
         **FACTOR_CONSTRAINTS,
+        **PRIVACY_CONSTRAINTS,
     }
 
     def __init__(
@@ -168,6 +180,12 @@ class FedAvgRecommender(BaseRecommender):
         error_feedback: bool = True,
         secure_aggregation: SecureAggregation = False,
         secure_bits: int = 32,
+        privacy: PrivacyName | None = None,
+        noise_multiplier: float | Literal["auto"] = 1.0,
+        clip_norm: float | Literal["auto"] = "auto",
+        target_epsilon: float | None = None,
+        delta: float | Literal["auto"] = "auto",
+        accountant: AccountantName | Literal["auto"] = "auto",
         min_rating: float | None = None,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -219,6 +237,12 @@ class FedAvgRecommender(BaseRecommender):
         self.error_feedback = error_feedback
         self.secure_aggregation = secure_aggregation
         self.secure_bits = secure_bits
+        self.privacy = privacy
+        self.noise_multiplier = noise_multiplier
+        self.clip_norm = clip_norm
+        self.target_epsilon = target_epsilon
+        self.delta = delta
+        self.accountant = accountant
         self.min_rating = min_rating
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
@@ -286,6 +310,12 @@ class FedAvgRecommender(BaseRecommender):
             error_feedback=self.error_feedback,
             secure_aggregation=self.secure_aggregation,
             secure_bits=self.secure_bits,
+            privacy=self.privacy,
+            noise_multiplier=self.noise_multiplier,
+            clip_norm=self.clip_norm,
+            target_epsilon=self.target_epsilon,
+            delta=self.delta,
+            accountant=self.accountant,
             early_stopping=self.early_stopping,
             validation_fraction=self.validation_fraction,
             n_iter_no_change=self.n_iter_no_change,

@@ -224,6 +224,7 @@ def fit_factors(
             state,
             times_sampled=times_sampled_before(state.times_sampled, data, previous),
             statistics=_statistics_before(state, data, previous),
+            clip_norms=_clip_norms_before(previous),
         )
     everybody = np.arange(shards.n_clients)
 
@@ -243,6 +244,9 @@ def fit_factors(
             "item_evidence_": evidence.cpu().numpy(),
             "user_gram_": statistics.gram.cpu().numpy(),
             "user_gram_weight_": statistics.weight,
+            "clip_norms_": np.zeros(0)
+            if state.clip_norms is None
+            else state.clip_norms.cpu().numpy().copy(),
         }
 
     stopping = None
@@ -449,6 +453,12 @@ def _statistics_before(
     counts[places], curvature[places] = old[:, 0], old[:, 1]
     weight = float(previous["user_gram_weight_"])
     return replace(fresh, gram=gram, counts=counts, curvature=curvature, weight=weight)
+
+
+def _clip_norms_before(previous: Attributes) -> Tensor | None:
+    """Read what uploads were shortened to before, if they were."""
+    norms = previous["clip_norms_"]
+    return torch.from_numpy(norms.copy()) if len(norms) else None
 
 
 def model_attributes(

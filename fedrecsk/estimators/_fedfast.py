@@ -108,6 +108,8 @@ class FedFastRecommender(BaseRecommender):
         As in `FedFNNRecommender`.
     malicious_client_ids_, target_item_ :
         As in `FedFNNRecommender`.
+    epsilon_, delta_, privacy_spent_, clip_norms_ :
+        As in `FedFNNRecommender`; nothing is promised here.
     user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
         As in `FedFNNRecommender`.
 
@@ -282,6 +284,12 @@ class FedFastRecommender(BaseRecommender):
             error_feedback=self.error_feedback,
             secure_aggregation=False,
             secure_bits=32,
+            privacy=None,  # delegates are drawn, and others moved, by vectors at the server
+            noise_multiplier=0.0,
+            clip_norm="auto",
+            target_epsilon=None,
+            delta="auto",
+            accountant="auto",
             early_stopping=self.early_stopping,
             validation_fraction=self.validation_fraction,
             n_iter_no_change=self.n_iter_no_change,

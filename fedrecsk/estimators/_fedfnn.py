@@ -12,15 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrecsk.data.interactions import Interactions
+from fedrecsk.engine.accounting import AccountantName
 from fedrecsk.engine.attacks import AttackName
 from fedrecsk.engine.compression import CompressionName
 from fedrecsk.engine.defences import DefenceName
 from fedrecsk.engine.device import resolve_device, torch_threads
 from fedrecsk.engine.local import Optimizer, OptimizerName
 from fedrecsk.engine.participation import Availability, ClientSeconds, read_participation
+from fedrecsk.engine.privacy import PrivacyName
 from fedrecsk.engine.sampling import cohort_size
 from fedrecsk.engine.shards import CPU_CHUNK_ROWS
 from fedrecsk.engine.streams import Streams
+from fedrecsk.engine.uplink import Uplink
 from fedrecsk.estimators._base import SHARED_CONSTRAINTS, Attributes, BaseRecommender, RoundWatch
 from fedrecsk.estimators._factors import (
     fit_factors,
@@ -29,6 +32,13 @@ from fedrecsk.estimators._factors import (
     make_shards,
     score_factor_items,
     score_factor_pairs,
+)
+from fedrecsk.estimators._privacy import (
+    NOTHING_PROMISED,
+    PRIVACY_CONSTRAINTS,
+    check_private,
+    promise,
+    rounds_of,
 )
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
 from fedrecsk.estimators._uplink import (
@@ -79,7 +89,7 @@ FACTOR_CONSTRAINTS: Constraints = {
     "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"}), None],
     "n_graph_layers": [Interval(Integral, 1, None, closed="left")],
     "item_propagation": ["boolean"],
-    "sampling": [StrOptions({"uniform", "epoch", "stratified"})],
+    "sampling": [StrOptions({"uniform", "poisson", "epoch", "stratified"})],
     "learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
     "objective": [StrOptions({"whole-data", "bce"})],
     "l2_exponent": [Interval(Real, 0, 1, closed="both")],
@@ -128,10 +138,12 @@ class FedFNNRecommender(BaseRecommender):
         Rounds of a fit.
     clients_per_round : int or float, default=0.2
         Delegates a round: a number, or a share of all clients in (0, 1].
-    sampling : {"epoch", "uniform", "stratified"}, default="epoch"
+    sampling : {"epoch", "uniform", "poisson", "stratified"}, default="epoch"
         ``"epoch"`` draws among those with the fewest turns, so that everybody takes part once
-        before anybody does so twice; ``"uniform"`` draws each round anew; ``"stratified"`` gives
-        equal quotas to `n_clusters` clusters of the users' vectors, as FedFast does.
+        before anybody does so twice; ``"uniform"`` draws each round anew; ``"poisson"`` draws
+        each client for itself, so that cohorts vary in size and a round may have nobody;
+        ``"stratified"`` gives equal quotas to `n_clusters` clusters of the users' vectors, as
+        FedFast does.
     availability : float, mapping, array-like, callable or None, default=None
         Chance that a client is there in a round; the server draws among those that are. A float
         is everybody's, a mapping has one by client id, an array one for each client in the order
@@ -264,6 +276,28 @@ default="gradient"
     secure_bits : int in [2, 32], default=32
         Of a masked number. Sums of n clients are exact to n half steps, with about
         ``2**(secure_bits - 1) / n`` steps to the largest number.
+    privacy : {"central", "local"} or None, default=None
+        Differential privacy of what the server learns, with a client and all that it holds as
+        the unit: uploads are clipped, and their sums noised by a server that is trusted with
+        uploads, or uploads by each client. `docs/privacy.md` says what that protects and what
+        not. Refused with what would look at clients past the noise: defences, early stopping,
+        ``sampling="stratified"``, predictions that are read, and with ``"bce"`` other item
+        weightings than ``"fedavg"``. With it every client weighs the same.
+    noise_multiplier : float or "auto", default=1.0
+        Standard deviation of the noise over the length that uploads are clipped to. ``"auto"``:
+        the smallest with which all `n_rounds` together stay within `target_epsilon`.
+    clip_norm : float or "auto", default="auto"
+        Length that a client's upload is shortened to, rows, counts and numbers as one vector.
+        ``"auto"`` gives each of these parts a length of its own, learned privately as one that
+        three clients in ten stay within.
+    target_epsilon : float or None, default=None
+        The fit ends before the round that would exceed it.
+    delta : float or "auto", default="auto"
+        ``"auto"``: 1e-5, or ``n_clients ** -1.1`` where that is less.
+    accountant : {"auto", "pld", "rdp"}, default="auto"
+        What adds rounds up: distributions of the privacy loss, or Rényi divergences, which bound
+        epsilon less tightly and alone know cohorts of fixed size. ``"auto"`` takes ``"rdp"`` for
+        those, else ``"pld"``. Needs ``pip install "fedrecsk[privacy]"``.
     min_rating : float or None, default=None
         Drop weaker rows first.
     early_stopping : bool, default=False
@@ -316,10 +350,19 @@ default="gradient"
         Clients that `attack` makes dishonest, sorted; none without.
     target_item_ : item id or None
         What they promote.
+    epsilon_ : float
+        What all fits so far have cost; infinite without privacy.
+    delta_ : float or None
+        What epsilon goes with.
+    privacy_spent_ : list of dict or None
+        Rounds by noise and sampling, for `partial_fit` to count on from.
+    clip_norms_ : ndarray of shape (n_parts,)
+        What the parts of an upload would be shortened to next; empty without privacy.
     history_ : list of dict
         One a round: ``round, loss, seconds, clients, rejected, bytes_up, bytes_down``; of the
-        clients, those rejected sent what was not finite or far too large. With early stopping
-        ``validation_ndcg``, with a predictor at work ``predictor_r2, predictor_cosine,
+        clients, those rejected sent what was not finite or far too large. With privacy
+        ``epsilon`` (all rounds so far) and ``clip_norm``; the rest is not protected. With early
+        stopping ``validation_ndcg``, with a predictor at work ``predictor_r2, predictor_cosine,
         predictor_candidate, predicted_share, predicted_norm, prediction_active, user_norm``.
         Where clients may fail, also how many were ``asked``, ``dropped`` out, were too ``late``,
         and ``unavailable`` to be asked, and with `client_seconds` the seconds that the server
@@ -337,8 +380,9 @@ default="gradient"
 
     Notes
     -----
-    The server holds the users' vectors here, which plain federated matrix factorisation does not
-    ask for: they reveal taste. `docs/methods/fedfnn.md` says what is ours and what the paper's.
+    The server holds the users' vectors here where predictions are read, which plain federated
+    matrix factorisation does not ask for: they reveal taste. `docs/methods/fedfnn.md` says what is
+    ours and what the paper's.
 
     References
     ----------
@@ -362,6 +406,7 @@ default="gradient"
     _parameter_constraints: ClassVar[Constraints] = {
         **FACTOR_CONSTRAINTS,
         **PREDICTION_CONSTRAINTS,
+        **PRIVACY_CONSTRAINTS,
         "server_optimizer": [StrOptions({"auto", "newton", "sgd", "momentum", "adam"})],
         "predictor": [StrOptions({"mlp", "linear", "mean", "cluster"}), None],
         "cv": [Interval(Integral, 2, None, closed="left")],
@@ -424,6 +469,12 @@ default="gradient"
         error_feedback: bool = True,
         secure_aggregation: SecureAggregation = False,
         secure_bits: int = 32,
+        privacy: PrivacyName | None = None,
+        noise_multiplier: float | Literal["auto"] = 1.0,
+        clip_norm: float | Literal["auto"] = "auto",
+        target_epsilon: float | None = None,
+        delta: float | Literal["auto"] = "auto",
+        accountant: AccountantName | Literal["auto"] = "auto",
         min_rating: float | None = None,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -486,6 +537,12 @@ default="gradient"
         self.error_feedback = error_feedback
         self.secure_aggregation = secure_aggregation
         self.secure_bits = secure_bits
+        self.privacy = privacy
+        self.noise_multiplier = noise_multiplier
+        self.clip_norm = clip_norm
+        self.target_epsilon = target_epsilon
+        self.delta = delta
+        self.accountant = accountant
         self.min_rating = min_rating
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
@@ -553,6 +610,12 @@ default="gradient"
             error_feedback=self.error_feedback,
             secure_aggregation=self.secure_aggregation,
             secure_bits=self.secure_bits,
+            privacy=self.privacy,
+            noise_multiplier=self.noise_multiplier,
+            clip_norm=self.clip_norm,
+            target_epsilon=self.target_epsilon,
+            delta=self.delta,
+            accountant=self.accountant,
             early_stopping=self.early_stopping,
             validation_fraction=self.validation_fraction,
             n_iter_no_change=self.n_iter_no_change,
@@ -648,6 +711,12 @@ def simulate_fedfnn(
     error_feedback: bool,
     secure_aggregation: SecureAggregation,
     secure_bits: int,
+    privacy: PrivacyName | None,
+    noise_multiplier: float | Literal["auto"],
+    clip_norm: float | Literal["auto"],
+    target_epsilon: float | None,
+    delta: float | Literal["auto"],
+    accountant: AccountantName | Literal["auto"],
     early_stopping: bool,
     validation_fraction: float,
     n_iter_no_change: int,
@@ -722,6 +791,36 @@ def simulate_fedfnn(
         local_epochs=local_epochs if objective == "bce" else 1,
         streams=streams,
     )
+    promised = None
+    if privacy is not None:
+        check_private(
+            defence=defence,
+            early_stopping=early_stopping,
+            sampling=sampling,
+            predictor=kind,
+            objective=objective,
+            item_weighting=item_weighting,
+            unreliable=participation is not None,
+            compression=compression,
+            secure_aggregation=bool(secure_aggregation),
+        )
+        promised = promise(
+            streams,
+            privacy=privacy,
+            noise_multiplier=noise_multiplier,
+            clip_norm=clip_norm,
+            target_epsilon=target_epsilon,
+            delta=delta,
+            accountant=accountant,
+            sampling=sampling,
+            cohort=size,
+            n_clients=data.n_clients,
+            n_rounds=n_rounds,
+            previous=previous,
+        )
+    uplink = around.uplink
+    if promised is not None:
+        uplink = replace(uplink or Uplink(), privacy=promised.privacy)
     bias = item_bias and objective == "bce"
     local, examples_per_step = _local(model, optimizer, learning_rate, batch_size, server_optimizer)
     server = _server(
@@ -772,7 +871,7 @@ def simulate_fedfnn(
                 server_optimizer=server,
                 forgetting=forgetting,
                 decay=STATISTICS_DECAY,
-                uplink=around.uplink,
+                uplink=uplink,
                 in_place=in_place,
             )
 
@@ -813,7 +912,7 @@ def simulate_fedfnn(
                 else float(server_learning_rate),
                 decay=STATISTICS_DECAY,
                 item_curvature=item_curvature,
-                uplink=around.uplink,
+                uplink=uplink,
                 in_place=in_place,
             )
 
@@ -831,6 +930,8 @@ def simulate_fedfnn(
         state: FactorState, delegates: NDArray[np.int64], t: int
     ) -> tuple[FactorState, Logs]:
         trained, logs = train(state, delegates, t)
+        if promised is not None:
+            logs["epsilon"] = promised.epsilons[t - state.first_round]
         if kind is None:
             return trained, logs
         monitored = float(logs["loss"])  # patience decides now, so the device is waited for
@@ -887,7 +988,7 @@ def simulate_fedfnn(
             head=head,
             n_graph_layers=layers,
             item_propagation=of_items,
-            n_rounds=n_rounds,
+            n_rounds=rounds_of(promised, n_rounds),
             validation=validation if early_stopping else None,
             shards=shards,
             n_iter_no_change=n_iter_no_change,
@@ -895,7 +996,8 @@ def simulate_fedfnn(
             streams=streams,
             previous=previous,
         )
-    return {**fitted, **around.fitted}
+    cost = NOTHING_PROMISED if promised is None else promised.fitted(len(fitted["history_"]))
+    return {**fitted, **around.fitted, **cost}
 
 
 def _local(

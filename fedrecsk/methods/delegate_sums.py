@@ -154,8 +154,19 @@ class DelegateSums:
             self.curvature = received.rows[:, width]
             self.gram = received.numbers.reshape(width, width) * n_delegates
             return
-        self.head = stacked_heads(received.numbers[None], [self.shared_head])[0]
-        self.head = {name: value[0] for name, value in self.head.items()}
+        self._take_head(received.numbers)
+
+    def take_noised(self, received: UploadSums, n_rejected: int) -> None:
+        """Take the noised sums of a release: means over the clients expected, of every row."""
+        self.n_broken += n_rejected
+        self.broken_share = 0.0
+        self.changes, self.weights = received.rows / received.weight, received.row_weights[:, None]
+        self._take_head(received.numbers / received.weight)
+
+    def _take_head(self, numbers: Tensor) -> None:
+        """Cut the clients' numbers (m,) into the weights of the head."""
+        (head,) = stacked_heads(numbers[None], [self.shared_head])
+        self.head = {name: value[0] for name, value in head.items()}
 
 
 def uploads_of(

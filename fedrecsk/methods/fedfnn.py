@@ -34,6 +34,7 @@ Where we deviate (only the abstract and summaries of the paper could be read):
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -46,7 +47,13 @@ from fedrecsk.engine.device import to_device
 from fedrecsk.engine.local import Moments, Optimizer, Params, apply_gradients, init_moments
 from fedrecsk.engine.mixing import mean_rows, weighted_mean
 from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
-from fedrecsk.engine.sampling import epoch_cohort, stratified_cohort, uniform_cohort
+from fedrecsk.engine.privacy import Privacy, Release
+from fedrecsk.engine.sampling import (
+    epoch_cohort,
+    poisson_cohort,
+    stratified_cohort,
+    uniform_cohort,
+)
 from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
@@ -58,8 +65,12 @@ from fedrecsk.methods.meta_network import PredictorName, cluster_labels, predict
 from fedrecsk.models import bce_newton, ncf, sampled_bce, whole_data
 from fedrecsk.models.head import Head, without
 
+# What the parts of a whole-data upload are shortened to in the first round: pull, curvature, counts
+# and Gram matrix. Near to what is learned on MovieLens-100K; they may depend on no client's data.
+START = (1.0, 0.1, 5.0, 0.1)
+
 ItemWeighting = Literal["count", "magnitude", "interactions", "fedavg"]
-SamplingName = Literal["uniform", "epoch", "stratified"]
+SamplingName = Literal["uniform", "poisson", "epoch", "stratified"]
 Logs = dict[str, Any]
 
 
@@ -116,6 +127,9 @@ class FactorState:
         Number of the fit's first round; schedules count from there.
     residual : Residual or None
         What clients that compress their uploads have kept for later; it lies with them.
+    clip_norms : Tensor of shape (P,) or None
+        What the parts of an upload are shortened to, see `fedrecsk.engine.privacy`; None before
+        the first round, or without privacy.
     """
 
     user_factors: Tensor
@@ -131,6 +145,7 @@ class FactorState:
     watch: PredictionWatch
     first_round: int
     residual: Residual | None = None
+    clip_norms: Tensor | None = None
 
     @classmethod
     def start(
@@ -182,12 +197,12 @@ def draw_delegates(
     state : FactorState
     shards : ClientShards
     size : int
-        How many.
+        How many; with ``"poisson"`` on average.
     t : int
-    sampling : {"uniform", "epoch", "stratified"}
-        Uniformly; uniformly among those with the fewest turns, so that everybody takes part once
-        before anybody does so twice; or with equal quotas from k-means clusters of the clients'
-        mean user vectors, as FedFast does.
+    sampling : {"uniform", "poisson", "epoch", "stratified"}
+        Uniformly; each for itself with the same probability; uniformly among those with the
+        fewest turns, so that everybody takes part once before anybody does so twice; or with
+        equal quotas from k-means clusters of the clients' mean user vectors, as FedFast does.
     n_clusters : int
     streams : Streams
     among : ndarray of int64, optional
@@ -201,6 +216,9 @@ def draw_delegates(
     rng = streams.numpy("sampling", t)
     if sampling == "uniform":
         chosen = uniform_cohort(shards.n_clients if among is None else len(among), size, rng)
+        return chosen if among is None else among[chosen]
+    if sampling == "poisson":
+        chosen = poisson_cohort(shards.n_clients if among is None else len(among), size, rng)
         return chosen if among is None else among[chosen]
     if sampling == "epoch":
         chosen = epoch_cohort(state.turns if among is None else state.turns[among], size, rng)
@@ -294,11 +312,14 @@ def bce_step(
         delegates are looked at by an uplink alone.
     """
     table = state.item_table
+    width = table.shape[1]
     key = streams.key("examples", t)
     client_rows = shards.client_rows
     total_rows = float(max(client_rows[delegates].sum(), 1))
     user_factors = state.user_factors if in_place else state.user_factors.clone()
     newton = server_optimizer is None
+    private = uplink is not None and uplink.privacy is not None
+    clip_norms, private_logs = state.clip_norms, Logs()
     sums = DelegateSums(table, state.head, newton=newton)
     sent: list[tuple[Uploads, Tensor]] = []
     # A GPU would be waited for, unless somebody looks at single uploads anyway.
@@ -345,13 +366,27 @@ def bce_step(
             sent.append((own.of(kept), means[kept]))
     sums.finish()
     received = None
-    if uplink is not None and sums.n_broken < len(delegates):
+    if uplink is not None and uplink.privacy is not None:
+        n_numbers = sum(value.numel() for value in state.head.values())
+        release, n_rejected = _released(
+            uplink,
+            Uploads.join([own for own, _ in sent] or [Uploads.nobody(width, n_numbers, table)]),
+            torch.cat([table.new_zeros(0, width), *(means for _, means in sent)]),
+            (width,),
+            [1.0] * (1 + bool(state.head)),
+            state,
+            t,
+            len(delegates),
+        )
+        sums.take_noised(release.sums, n_rejected)
+        clip_norms, private_logs = release.bounds, {"clip_norm": release.clip_norm}
+    elif uplink is not None and sums.n_broken < len(delegates):
         uploads = Uploads.join([own for own, _ in sent])
         received, n_rejected = uplink.receive(
             uploads, torch.cat([means for _, means in sent]), table, t, state.residual
         )
         sums.take(received, len(delegates), n_rejected)
-    if 0 < len(delegates) == sums.n_broken:
+    if 0 < len(delegates) == sums.n_broken and not private:
         raise NoUsableUploadError(len(delegates), t)
     heard = 1.0 - sums.broken_share
     user_factors = fill_rows(user_factors, parts, shards.users_of)
@@ -377,7 +412,7 @@ def bce_step(
             if item_weighting == "fedavg"
             else weighted_mean(sums.changes, sums.weights[:, 0])
         )
-        touched = sums.weights[:, 0] > 0
+        touched = sums.weights[:, 0] > 0  # of noised sums all rows
         step, moments = apply_gradients(
             {"item": table}, {"item": -mean}, moments, touched, server_optimizer
         )
@@ -393,6 +428,9 @@ def bce_step(
         "bytes_up": sums.n_rows * sparse_row_bytes(1, table.shape[1])
         + len(delegates) * dense_bytes((n_shared,)),
     }
+    logs |= private_logs
+    if _is_dense(uplink):
+        logs["bytes_up"] = len(delegates) * dense_bytes(tuple(table.shape), (n_shared,))
     new = replace(
         state,
         user_factors=user_factors,
@@ -404,6 +442,7 @@ def bce_step(
         times_sampled=_counted(state, shards, delegates, in_place=in_place),
         turns=_taken(state, delegates, in_place=in_place),
         residual=received.residual if received else state.residual,
+        clip_norms=clip_norms,
     )
     return new, _as_sent(logs, received)
 
@@ -553,7 +592,23 @@ def whole_data_step(
             sent.append((whole_data.uploads_of(cohort, users, items), users))
     n_rejected = len(np.unique(np.concatenate(broken))) if broken else 0
     received = None
-    if uplink is not None and total.n_users:
+    clip_norms, noise, private_logs = state.clip_norms, 0.0, Logs()
+    if uplink is not None and uplink.privacy is not None:
+        total, release, more = _noised(
+            uplink,
+            uplink.privacy,
+            sent,
+            total,
+            shards,
+            state,
+            t,
+            len(delegates),
+            item_curvature=item_curvature,
+        )
+        clip_norms, noise = release.bounds, release.noise
+        private_logs = {"clip_norm": release.clip_norm}
+        n_rejected += more
+    elif uplink is not None and total.n_users:
         received, more = whole_data.receive(uplink, sent, items, t, state.residual)
         total = total.with_received(received, shards.client_users)
         n_rejected += more
@@ -575,6 +630,7 @@ def whole_data_step(
         rate=rate,
         decay=decay,
         item_curvature=item_curvature,
+        noise=noise,
     )
     d = items.shape[1]
     n_rows, width = int(shards.client_items[delegates].sum()), d + 1 + item_curvature
@@ -586,6 +642,9 @@ def whole_data_step(
         # A row carries the pull on the item, its count and its curvature.
         "bytes_up": sparse_row_bytes(n_rows, width) + len(delegates) * dense_bytes((d, d)),
     }
+    logs |= private_logs
+    if _is_dense(uplink):
+        logs["bytes_up"] = len(delegates) * dense_bytes((len(items), width), (d, d))
     new = replace(
         state,
         user_factors=user_factors,
@@ -594,8 +653,71 @@ def whole_data_step(
         times_sampled=_counted(state, shards, delegates, in_place=in_place),
         turns=_taken(state, delegates, in_place=in_place),
         residual=received.residual if received else state.residual,
+        clip_norms=clip_norms,
     )
     return new, _as_sent(logs, received)
+
+
+def _noised(
+    uplink: Uplink,
+    privacy: Privacy,
+    sent: Sequence[tuple[Uploads, Tensor]],
+    total: whole_data.Sums,
+    shards: ClientShards,
+    state: FactorState,
+    t: int,
+    n_clients: int,
+    *,
+    item_curvature: bool,
+) -> tuple[whole_data.Sums, Release, int]:
+    """Return the sums that an uplink makes, with privacy, and all that is released."""
+    items = state.item_table
+    d = items.shape[1]
+    of_users = Uploads.join([own for own, _ in sent] or [Uploads.nobody(d + 2, d * d, items)])
+    vectors = torch.cat([items.new_zeros(0, d), *(users for _, users in sent)])
+    uploads, means = _client_wise(of_users, vectors, shards.n_items)
+    # Pull, curvature, count; noise for a column that nobody reads would be wasted.
+    columns = [*range(d), d, d + 1] if item_curvature else [*range(d), d + 1]
+    widths = (d, *[1] * (len(columns) - d))
+    uploads = uploads.with_rows(uploads.rows[:, columns])
+    start = START if item_curvature else (START[0], *START[2:])
+    release, n_rejected = _released(uplink, uploads, means, widths, start, state, t, n_clients)
+    rows = items.new_zeros(len(items), d + 2)
+    rows[:, columns] = release.sums.rows
+    sums = total.with_received(replace(release.sums, rows=rows), shards.client_users)
+    n_users = max(1, round(privacy.cohort * shards.n_users / shards.n_clients))
+    return replace(sums, n_users=n_users), release, n_rejected
+
+
+def _is_dense(uplink: Uplink | None) -> bool:
+    """Whether clients send every row: noise of their own must be in those they have not touched."""
+    return uplink is not None and uplink.privacy is not None and uplink.privacy.name == "local"
+
+
+def _client_wise(uploads: Uploads, vectors: Tensor, n_items: int) -> tuple[Uploads, Tensor]:
+    """Add up users' uploads, and average their vectors (U, d), client by client."""
+    clients, place = np.unique(uploads.clients, return_inverse=True)
+    means = mean_rows(vectors, torch.from_numpy(place).to(vectors.device), len(clients))
+    return uploads.by_client(n_items), means
+
+
+def _released(
+    uplink: Uplink,
+    uploads: Uploads,
+    means: Tensor,
+    widths: Sequence[int],
+    start: Sequence[float],
+    state: FactorState,
+    t: int,
+    n_clients: int,
+) -> tuple[Release, int]:
+    """Release the sums of a round, with the bounds in the state, or those to start with."""
+    bounds = state.clip_norms
+    if bounds is None or len(bounds) != len(start):  # a fit that goes on may send other parts
+        bounds = torch.tensor(start, dtype=torch.float64)
+    return uplink.release(
+        uploads, means, state.item_table, t, widths=widths, bounds=bounds, n_clients=n_clients
+    )
 
 
 def prediction_step(

@@ -43,6 +43,10 @@ from fedrecsk.engine.uploads import Residual, Uploads, UploadSums
 JITTER = 1e-6
 # Smallest eigenvalue of the Gram matrix in a server step, relative to the largest.
 FLOOR = 1e-4
+# Penalty per standard deviation of a row's noisy gradient; the smaller the server's rate, the more
+# rounds the noise is averaged over, hence its root beside it. Of 0.3 to 300 the best on validation
+# rows of MovieLens-100K for epsilon from 2 to 100, with 8 columns and two seeds.
+DAMPING = 10.0
 ALL_COLUMNS = slice(None)
 # Numbers in the users' d x d matrices that are solved at a time, 256 MiB in single precision: a
 # chunk bounds the rows alone, and may hold as many users, each with a matrix larger than its rows.
@@ -336,9 +340,9 @@ def positive(gram: Tensor) -> Tensor:
     """
     symmetric = 0.5 * (gram + gram.T)
     values, basis = torch.linalg.eigh(symmetric)
-    if bool((values >= 0).all()):
-        return symmetric  # to the last digit
-    return (basis * values.clamp_min(0.0)) @ basis.T
+    if bool((values < 0).any()):  # else it stays the same to the last digit
+        symmetric = (basis * values.clamp_min(0.0)) @ basis.T
+    return symmetric
 
 
 def receive(
@@ -429,6 +433,7 @@ def server_step(
     item_curvature: bool = True,
     columns: slice = ALL_COLUMNS,
     n_owners: int | None = None,
+    noise: float = 0.0,
 ) -> tuple[Tensor, ServerStatistics]:
     """Move the item table by one quasi-Newton step from the cohort's sums.
 
@@ -471,8 +476,10 @@ def server_step(
         curvature=decay * statistics.curvature + (1 - decay) * scale * sums.curvature,
         weight=weight,
     )
-    counts = new.counts / weight
+    counts = (new.counts / weight).clamp_min(0.0)  # noise may have made them negative
     ridge = penalty.strength(counts, mean_rows)[:, None]
+    if noise:
+        ridge = ridge + DAMPING * scale * noise * rate**0.5
     grad = scale * sums.pull[:, columns]
     grad -= unobserved_weight * scale * item_factors @ sums.gram[:, columns]
     grad -= ridge * block

@@ -476,9 +476,18 @@ UPLINK_BAD = {
     "secure_aggregation": "perhaps",
     "secure_bits": 33,
 }
+PRIVACY_BAD = {
+    "privacy": "total",
+    "noise_multiplier": -1.0,
+    "clip_norm": 0.0,
+    "target_epsilon": 0.0,
+    "delta": 1.0,
+    "accountant": "moments",
+}
 BAD = {
     FedFNNRecommender: SHARED_BAD
     | UPLINK_BAD
+    | PRIVACY_BAD
     | {
         "item_weighting": "sum",
         "predictor": "forest",
@@ -536,7 +545,7 @@ BAD = {
         }
     }
     | {"model": "svd", "batch_users": 0},
-    FedAvgRecommender: SHARED_BAD | UPLINK_BAD | {"model": "svd", "sampling": "all"},
+    FedAvgRecommender: SHARED_BAD | UPLINK_BAD | PRIVACY_BAD | {"model": "svd", "sampling": "all"},
     HeteFedRecRecommender: {
         name: value
         for name, value in (SHARED_BAD | UPLINK_BAD).items()
