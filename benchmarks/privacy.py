@@ -230,9 +230,9 @@ def goals_of(results: Mapping[str, Params]) -> list[Goal]:
     """Ask for more than popularity at epsilon 8, with a trusted server."""
     goals = []
     for name, result in results.items():
-        floor = np.mean(result["popularity"])
+        floor = float(np.mean(result["popularity"]))
         best = max(
-            np.mean(p["ndcg@20"])
+            float(np.mean(p["ndcg@20"]))
             for p in result["points"]
             if (p["privacy"], p["epsilon"]) == ("central", TUNED_AT["central"])
         )

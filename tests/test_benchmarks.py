@@ -1517,6 +1517,7 @@ def test_privacy_asks_for_more_than_popularity():
     ]
     (goal,) = privacy.goals_of({"ml": {"popularity": [0.2, 0.2], "points": points}})
     assert goal.value == pytest.approx(1.5)
+    json.dumps(goal.as_dict())
     assert goal.held
 
 
