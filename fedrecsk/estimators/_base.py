@@ -658,7 +658,7 @@ def check_somebody_delivered(history: list[Record], *, goes_on: bool) -> None:
     if any(record["loss"] is not None for record in history):
         return
     asked, dropped, late, unavailable = (
-        sum(record[name] for record in history)
+        sum(record.get(name, 0) for record in history)
         for name in ("asked", "dropped", "late", "unavailable")
     )
     message = (

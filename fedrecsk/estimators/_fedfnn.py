@@ -77,6 +77,8 @@ AUTO_INIT_SCALE = {"whole-data": 0.01, "bce": 0.1}
 # a server that adds changes wants clients that make some way on their own.
 AUTO_NETWORK_RATE = {"sgd": 0.3, "momentum": 0.03, "adam": 0.01}
 AUTO_ADAM_SERVER_RATE = {"mf": 0.05, "ncf": 0.1, "lightgcn": 0.1}
+# What is logged of a round in which nobody takes part.
+NOBODY: Logs = {"loss": None, "clients": 0, "rejected": 0, "bytes_down": 0, "bytes_up": 0}
 # Descent steps of a refit with objective="bce".
 REFIT_STEPS = 20
 # Decay of the server's running averages in quasi-Newton steps.
@@ -968,7 +970,10 @@ def simulate_fedfnn(
             return draw_delegates(state, shards, n, t, sampling, n_clusters, streams, among)
 
         if participation is None:
-            return train_and_predict(state, draw(None, size), t)
+            delegates = draw(None, size)
+            if not len(delegates) and promised is None:  # which happens with "poisson"
+                return state, dict(NOBODY)
+            return train_and_predict(state, delegates, t)
         turnout = participation.of_round(t, size, draw)
         sent = len(turnout.asked) * download(state)
         after, logs = turnout.train(state, lambda chosen: train_and_predict(state, chosen, t), sent)

@@ -29,6 +29,7 @@ def uploads(n_clients=9, seed=0, scale=1.0):
         row_items=pairs[:, 1],
         rows=scale * torch.randn(len(pairs), sum(WIDTHS), generator=generator),
         row_weights=torch.rand(len(pairs), generator=generator),
+        n_directions=WIDTHS[0],
         numbers=scale * torch.randn(n_clients, 5, generator=generator),
         weights=torch.rand(n_clients, generator=generator),
     )

@@ -15,7 +15,6 @@ from tests.methods.test_hetefedrec import (
     SINGLE,
     STEPS,
     STREAMS,
-    cohort,
     tensors_of,
 )
 
@@ -84,11 +83,11 @@ def broken(monkeypatch, users):
 @FEDERATIONS
 @STEPS
 def test_broken_clients_are_left_out_and_counted(shards, begin, step, uplink, monkeypatch):
-    asked = cohort(shards, 3)
+    asked = np.arange(shards.n_clients)
     users = shards.users_of(asked[:2])
     expected, _ = step(begin(shards), shards, 3, participants=asked[2:], dual_task=False)
     broken(monkeypatch, users)
-    found, logs = step(begin(shards), shards, 3, dual_task=False, uplink=uplink)
+    found, logs = step(begin(shards), shards, 3, participants=asked, dual_task=False, uplink=uplink)
     assert logs["rejected"] == 2
     assert_close(found, expected, leave_out={"turns"})
 
