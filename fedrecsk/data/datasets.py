@@ -89,7 +89,7 @@ def load_interactions(path: str | os.PathLike[str]) -> Any:
         raise FileNotFoundError(f"There is no file or folder {path}. Pass {_ACCEPTED}.")
     suffix = path.suffix.lower()
     if path.is_dir() and (path / "interactions.parquet").is_file():
-        columns = read_columns(_read_parquet(path / "interactions.parquet", _present_names))
+        columns = _read_table(path / "interactions.parquet")
         return _bunch(columns, _read_titles(path / "items.parquet"), path)
     if suffix == ".zip" or (path.is_dir() and is_movielens(path)):
         movielens = load_movielens(path)
@@ -98,7 +98,7 @@ def load_interactions(path: str | os.PathLike[str]) -> Any:
     if path.is_file() and suffix == ".csv":
         return _bunch(_read_csv(path), {}, path)
     if path.is_file() and suffix == ".parquet":
-        return _bunch(read_columns(_read_parquet(path, _present_names)), {}, path)
+        return _bunch(_read_table(path), {}, path)
     raise ValueError(f"{path} cannot be read as interactions. Pass {_ACCEPTED}.")
 
 
@@ -200,6 +200,14 @@ def _ids_from_text(texts: NDArray[np.str_]) -> IdArray:
     return integers if (integers.astype(np.str_) == texts).all() else texts
 
 
+def _read_table(path: Path) -> Columns:
+    table = _read_parquet(path, _present_names)
+    try:
+        return read_columns(table)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as interactions: {error}") from error
+
+
 def _read_titles(path: Path) -> dict[Any, str]:
     """Read titles by item id; a folder need not have them."""
     if not path.is_file():
@@ -244,15 +252,22 @@ def _read_parquet(path: Path, choose: Callable[[list[str], Path], list[str]]) ->
         with pq.ParquetFile(path) as file:
             _refuse_bomb(file.metadata.num_rows, path)
             chosen = choose(list(file.schema_arrow.names), path)
+            texts = [field.name for field in file.schema_arrow if _is_text(field.type)]
         # A text that many rows share stays one text.
-        options = {"read_dictionary": chosen, "page_checksum_verification": True}
+        options = {"read_dictionary": texts, "page_checksum_verification": True}
         with pq.ParquetFile(path, **options) as file:
             table = file.read(columns=chosen)
             # Text that is no UTF-8, and offsets to nowhere, would be found by whoever reads them.
             table.validate(full=True)
             return table
-    except (pa.ArrowException, OSError) as error:
+    # Names of columns are decoded as they are asked for.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
+
+
+def _is_text(kind: Any) -> bool:
+    """Say whether a column of pyarrow holds text or bytes, which dictionaries are made for."""
+    return str(kind) in ("string", "large_string", "binary", "large_binary")
 
 
 def _refuse_bomb(n_rows: int, path: Path) -> None:

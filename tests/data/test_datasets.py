@@ -263,8 +263,12 @@ def test_csv_that_would_be_cut_or_fill_the_memory_is_refused(tmp_path):
 def test_parquet_without_a_column_or_with_gaps(tmp_path):
     with pytest.raises(ValueError, match=r"a\.parquet lacks the column user_id"):
         load_interactions(write(FRAME.drop(columns="user_id"), tmp_path / "a.parquet"))
-    with pytest.raises(ValueError, match="column 'item_id' are missing"):
+    with pytest.raises(ValueError, match=r"b\.parquet cannot be .* column 'item_id' are missing"):
         load_interactions(write(FRAME.assign(item_id=[1, None, 2]), tmp_path / "b.parquet"))
+    with pytest.raises(
+        ValueError, match=r"c\.parquet cannot be read .* not 'ndarray': .*'user_id'"
+    ):
+        load_interactions(write(FRAME.assign(user_id=[[1], [2], [3]]), tmp_path / "c.parquet"))
 
 
 def test_what_cannot_be_read_is_refused_with_what_can(tmp_path):
