@@ -1097,7 +1097,7 @@ def test_balance_runs_appends_and_writes(tmp_path):
     filled = tables.rewrite(text, {"fellrec_balance": report}, tables.SECTIONS)
     assert "| FELLRec |" in filled
     assert "Tuned: FedAvg: learning_rate 0.008" in filled
-    assert "FELLRec: learning_rate 0.004, popularity_weight 0.5." in filled
+    assert "FELLRec: learning_rate 0.004, popularity_weight 0.5, popularity_counts all." in filled
 
 
 # ------------------------------------------------------------ fellrec_split

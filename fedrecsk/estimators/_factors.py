@@ -36,6 +36,8 @@ from fedrecsk.models.factors import random_factors
 from fedrecsk.models.head import Head, flat_head, head_of
 from fedrecsk.models.whole_data import ServerStatistics
 
+# Scores are shares or log-odds: beyond this, training had diverged before anybody noticed.
+MEANINGLESS = 1e6
 # Early stopping ranks at most this many users a round.
 MAX_VALIDATION_USERS = 2_000
 
@@ -355,7 +357,7 @@ def _kept(
         fitted = attributes(state)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
-    usable = _largest_score(fitted) < float(np.finfo(np.float32).max)
+    usable = _largest_score(fitted) < MEANINGLESS
     return {**fitted, "history_": history} if usable else None
 
 
