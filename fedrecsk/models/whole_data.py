@@ -47,6 +47,8 @@ FLOOR = 1e-4
 # rounds the noise is averaged over, hence its root beside it. Of 0.3 to 300 the best on validation
 # rows of MovieLens-100K for epsilon from 2 to 100, with 8 columns and two seeds.
 DAMPING = 10.0
+# Length of an item's vector, relative to the longest, below which its direction is rounding.
+NOTHING = 1e-5
 ALL_COLUMNS = slice(None)
 # Numbers in the users' d x d matrices that are solved at a time, 256 MiB in single precision: a
 # chunk bounds the rows alone, and may hold as many users, each with a matrix larger than its rows.
@@ -491,10 +493,14 @@ def server_step(
     values = values.clamp_min(FLOOR * values[-1])
     shape = (counts / (n_owners or n_users))[:, None] * values
     diagonal = unobserved_weight * values + shape + ridge  # (n_items, d)
-    norm = block.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    norm = block.norm(dim=1, keepdim=True)
+    # A full step without any user of an item takes its vector to nothing, up to rounding, and
+    # curvature along whatever direction that left would make the next step depend on it.
+    directed = (norm[:, 0] > NOTHING * norm.max()).to(norm.dtype) * float(item_curvature)
+    norm = norm.clamp_min(1e-12)
     along = (block / norm) @ basis
     observed = new.curvature / weight / norm[:, 0] ** 2
-    missing = (observed - (shape * along**2).sum(1)).clamp_min(0.0) * float(item_curvature)
+    missing = (observed - (shape * along**2).sum(1)).clamp_min(0.0) * directed
     step = grad @ basis / diagonal
     turned = along / diagonal
     # Sherman and Morrison: (D + m a aᵀ)^-1 g = D^-1 g - m (a·D^-1 g)/(1 + m a·D^-1 a) D^-1 a

@@ -338,6 +338,39 @@ def test_curvature_along_an_item_shortens_the_step_of_users_that_are_alike():
     assert (along[0] < along[1]).all()
 
 
+def test_a_vector_that_is_rounding_gives_no_direction():
+    """A full step takes an item to nothing whom nobody of the round had; others come for it."""
+    shards = random_federation(0, n_users=30, n_items=12)
+    table = item_table(shards)
+    generator = torch.Generator().manual_seed(1)
+
+    def moved(size, *, item_curvature=True):
+        noise = size * torch.randn(1, N_FACTORS, generator=generator, dtype=torch.float64)
+        start = table.index_copy(0, torch.tensor([4]), noise)
+        sums = summed(everybody(shards), solved(shards, start), start)
+        return server_step(
+            start,
+            start_statistics(shards),
+            sums,
+            n_users=shards.n_users,
+            unobserved_weight=W0,
+            penalty=PENALTY,
+            mean_rows=5.0,
+            rate=1.0,
+            decay=0.0,
+            item_curvature=item_curvature,
+        )[0]
+
+    expected = moved(0.0)
+    for _ in range(3):
+        torch.testing.assert_close(moved(1e-8), expected, rtol=0, atol=1e-6)
+    # A short vector is one all the same.
+    state = generator.get_state()
+    short = moved(1e-3)
+    generator.set_state(state)
+    assert (short - moved(1e-3, item_curvature=False))[4].norm() > 1e-4
+
+
 def run_rounds(shards, table, n_rounds, *, decay, rate=1.0):
     """Alternate exact user solves and server steps of everybody; yield users and table."""
     cohort, statistics = everybody(shards), start_statistics(shards)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 JITTER = 1e-6
 FLOOR = 1e-4
+NOTHING = 1e-5
 
 
 @dataclass
@@ -98,11 +99,12 @@ def dense_step(
     values, basis = np.linalg.eigh(gram)
     gram = basis @ np.diag(np.maximum(values, FLOOR * values.max())) @ basis.T
     moved = V.copy()
+    nothing = (NOTHING * np.linalg.norm(V, axis=1).max()) ** 2
     for i, v in enumerate(V):
         shape = counts[i] / n_users * gram
         hessian = w0 * gram + shape + ridge[i] * np.eye(len(v))
         squared = float(v @ v)
-        if squared > 0 and item_curvature:
+        if squared > nothing and item_curvature:
             missing = max(curvature[i] / squared - float(v @ shape @ v) / squared, 0.0)
             hessian = hessian + missing * np.outer(v, v) / squared
         moved[i] = v + rate * np.linalg.solve(hessian, grad[i])
