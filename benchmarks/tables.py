@@ -247,15 +247,16 @@ def fellrec_balance_section(report: Report) -> str:
 
 
 def fellrec_balance_summary(report: Report) -> str:
-    """One table: recall@10 of every method on every data set."""
+    """One table: recall@10 of every method on every data set, without its variants."""
     cells: dict[str, dict[str, str]] = {}
     columns = []
     for name, kinds in report["data"].items():
         for kind, compared in kinds.items():
             columns.append(f"{name}, {kind}")
             for method, result in compared["results"].items():
-                value = statistics.fmean(result["recall@10"])
-                cells.setdefault(method, {})[columns[-1]] = f"{value:.4f}"
+                if method not in balance.ABLATIONS:
+                    value = statistics.fmean(result["recall@10"])
+                    cells.setdefault(method, {})[columns[-1]] = f"{value:.4f}"
     return _by_data(cells, columns)
 
 
