@@ -33,7 +33,7 @@ def two(tmp_path_factory):
         env=os.environ | {"OMP_NUM_THREADS": "1", "FEDRECSK_TIMEOUT": "60"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
