@@ -24,7 +24,7 @@ unit: $(VENV)/.dev           # one torch thread a worker: small tensors are slow
 smoke: $(VENV)/.dev          # every benchmark runs and writes its JSON; numbers mean nothing here
 	@for script in accuracy cohort_speed round_profile other_engines gpu_rounds \
 	    fedfnn_convergence fedfnn_sensitivity fedfnn_streaming fedfnn_cost hetefedrec_sizes \
-	    fellrec_balance fellrec_split scale faults attacks compression privacy; do \
+	    fellrec_balance fellrec_split scale faults attacks compression privacy reliability; do \
 	    echo "benchmarks/$$script.py --quick"; \
 	    OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$script.py --quick --out $(VENV)/$$script.json \
 	    || exit 1; \

@@ -1,9 +1,9 @@
 """Rewrite the tables of the READMEs and of pages in docs from the JSON that the scripts wrote.
 
 A table stands between ``<!-- name -->`` and ``<!-- /name -->``; `SECTIONS` (benchmarks/README.md),
-`SUMMARIES` (README.md), `OF_SCALE` (docs/scale.md), `OF_ROBUST` (docs/robust.md) and
-`OF_COMMUNICATION` (docs/communication.md) say which. A place stays as it is while there is no
-result for it.
+`SUMMARIES` (README.md), `OF_SCALE` (docs/scale.md), `OF_ROBUST` (docs/robust.md),
+`OF_COMMUNICATION` (docs/communication.md) and `OF_RELIABILITY` (docs/reliability.md) say which. A
+place stays as it is while there is no result for it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import fedfnn_streaming as streaming
 import fellrec_balance as balance
 import fellrec_split as split
 import privacy
+import reliability
 import round_profile as profile
 import scale
 from _common import RESULTS, paired_ratio
@@ -360,6 +361,28 @@ def compression_summary(report: Report) -> str:
     return "\n\n".join(parts)
 
 
+def reliability_section(report: Report) -> str:
+    """One table of rows and memory, and one of what was tried."""
+    drawn = report["drawn"]
+    parts = [
+        origin(report),
+        reliability_rows(report),
+        f"**{drawn['tests']} properties, {drawn['multiple']:g} times the examples of CI**",
+        reliability_cases(report),
+    ]
+    return "\n\n".join([*parts, *goals(report)])
+
+
+def reliability_rows(report: Report) -> str:
+    """One table: ten million rows."""
+    return markdown(reliability.ROWS_HEADER, reliability.rows_table(report))
+
+
+def reliability_cases(report: Report) -> str:
+    """One table: what was tried, and what came out."""
+    return markdown(reliability.CASES_HEADER, reliability.cases_table(report))
+
+
 SECTIONS: Places = {
     "accuracy": ("accuracy", accuracy_section),
     "cohort_speed": ("cohort_speed", cohort_speed_section),
@@ -373,6 +396,7 @@ SECTIONS: Places = {
     "hetefedrec_sizes": ("hetefedrec_sizes", hetefedrec_sizes_section),
     "other_engines": ("other_engines", other_engines_section),
     "privacy": ("privacy", privacy_section),
+    "reliability": ("reliability", reliability_section),
     "round_profile": ("round_profile", round_profile_section),
     "scale": ("scale", scale_section),
     "whole_data": ("whole_data", whole_data_section),
@@ -392,6 +416,10 @@ OF_ROBUST: Places = {
     "faults": ("faults", faults_section),
 }
 OF_COMMUNICATION: Places = {"compression": ("compression", compression_summary)}
+OF_RELIABILITY: Places = {
+    "cases": ("reliability", reliability_cases),
+    "rows": ("reliability", reliability_rows),
+}
 
 
 def origin(report: Report) -> str:
@@ -457,6 +485,7 @@ def main() -> int:
         (HERE.parent / "docs" / "scale.md", OF_SCALE),
         (HERE.parent / "docs" / "robust.md", OF_ROBUST),
         (HERE.parent / "docs" / "communication.md", OF_COMMUNICATION),
+        (HERE.parent / "docs" / "reliability.md", OF_RELIABILITY),
     ):
         readme.write_text(rewrite(readme.read_text(), reports, places))
     return 0

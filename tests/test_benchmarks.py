@@ -37,7 +37,7 @@ balance = script("fellrec_balance")
 split = script("fellrec_split")
 round_profile, other_engines = script("round_profile"), script("other_engines")
 scale, faults, compression = script("scale"), script("faults"), script("compression")
-privacy = script("privacy")
+privacy, reliability = script("privacy"), script("reliability")
 
 
 @pytest.fixture(scope="module")
@@ -1519,6 +1519,85 @@ def test_privacy_asks_for_more_than_popularity():
     assert goal.value == pytest.approx(1.5)
     json.dumps(goal.as_dict())
     assert goal.held
+
+
+# -------------------------------------------------------------- reliability
+
+TALLY = {
+    "metrics / cases": 7, "metrics / accepted": 4, "metrics / refused": 3, "archives / cases": 5,
+    "archives / refused": 5, "archives / faults": 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["integers", "text"])
+def test_reliability_measures_rows_of_both_kinds(kind):
+    row = reliability.measure(reliability.Point(kind, 400, 60, 30))
+    assert (row["found_rows"], row["users"], row["found_items"]) == (400, 60, 30)
+    assert row["fit"] > 0
+    assert 0.05 < row["peak_gib"] < 64
+
+
+def test_reliability_counts_by_area():
+    areas = reliability.areas_of(TALLY)
+    assert areas["metrics"] == {
+        "cases": 7, "accepted": 4, "refused": 3, "faults": 0, "undocumented": 0,
+    }  # fmt: skip
+    report = {"drawn": {"areas": areas, "tests": 2, "failed": 0}, "points": []}
+    assert reliability.total(report, "cases") == 12
+    undocumented, failed, cases = reliability.goals_of(report)
+    assert undocumented.held
+    assert failed.held
+    assert not cases.held
+    areas["metrics"]["undocumented"] = 1
+    assert not reliability.goals_of(report)[0].held
+
+
+def test_reliability_end_to_end(tmp_path, monkeypatch, capsys):
+    started = []
+
+    def near(point):  # and not in another process, which takes as long to import
+        started.append(point)
+        measured = {"found_rows": 9, "users": 3, "found_items": 2, "coding": 1.0, "fit": 2.0}
+        return {**vars(point), **measured, "peak_gib": 0.5}
+
+    class Done:
+        returncode, stdout, stderr = 1, "1 failed", ""
+
+    def run(words, *, env, **rest):
+        started.append(env["FEDRECSK_EXAMPLES"])
+        Path(env["FEDRECSK_TALLY"]).write_text(json.dumps(TALLY))
+        report = next(word for word in words if word.startswith("--junitxml="))
+        suite = '<testsuites><testsuite tests="3" failures="1" errors="0"/></testsuites>'
+        Path(report.removeprefix("--junitxml=")).write_text(suite)
+        return Done()
+
+    monkeypatch.setattr(reliability, "measure_apart", near)
+    monkeypatch.setattr(reliability.subprocess, "run", run)
+    out = tmp_path / "reliability.json"
+    assert reliability.main(["--quick", "--out", str(out)]) == 1  # a property did not hold
+    assert started == [*reliability.QUICK.points, str(reliability.QUICK.multiple)]
+    report = json.loads(out.read_text())
+    assert report["goals"] == []
+    assert "together" in capsys.readouterr().out
+    text = "<!-- reliability -->\n<!-- /reliability -->"
+    filled = tables.rewrite(text, {"reliability": report}, tables.SECTIONS)
+    assert "**3 properties, 0.05 times the examples of CI**" in filled
+    assert "| archives | 5 | 0 | 5 | 9 | 0 |" in filled
+    text = "<!-- rows -->\n<!-- /rows -->\n<!-- cases -->\n<!-- /cases -->"
+    filled = tables.rewrite(text, {"reliability": report}, tables.OF_RELIABILITY)
+    assert "| text, DataFrame | 9 | 3 | 2 | 1.0 | 2.0 | 0.50 |" in filled
+    assert "| together | 12 | 4 | 8 | 9 | 0 |" in filled
+    with pytest.raises(SystemExit, match="drop --data"):
+        reliability.main(["--data", "ml-100k"])
+
+
+def test_reliability_says_where_the_tests_did_not_run(monkeypatch):
+    class Failed:
+        returncode, stdout, stderr = 4, "no such option", "hypothesis is missing"
+
+    monkeypatch.setattr(reliability.subprocess, "run", lambda *_, **__: Failed())
+    with pytest.raises(SystemExit, match=r"did not run(.|\n)*hypothesis is missing"):
+        reliability.draw(1.0)
 
 
 # ------------------------------------------------------------------- tables
