@@ -419,18 +419,19 @@ def bce_step(
         moved = step["item"]
     head_change = {name: change / heard for name, change in sums.head.items()}
     head, head_moments = _moved_head(state, head_change, server_optimizer)
-    n_shared = sum(value.numel() for value in head.values())
+    # With a row its curvature and with a client the products of its vectors, if they are needed.
+    n_numbers = width**2 if newton else sum(value.numel() for value in head.values())
     logs: Logs = {
         "loss": sums.losses / sums.n_examples.clamp_min(1),
         "clients": len(delegates),
         "rejected": sums.n_broken,
         "bytes_down": len(delegates) * bce_download(state),
-        "bytes_up": sums.n_rows * sparse_row_bytes(1, table.shape[1])
-        + len(delegates) * dense_bytes((n_shared,)),
+        "bytes_up": sums.n_rows * sparse_row_bytes(1, width + newton)
+        + len(delegates) * dense_bytes((n_numbers,)),
     }
     logs |= private_logs
     if _is_dense(uplink):
-        logs["bytes_up"] = len(delegates) * dense_bytes(tuple(table.shape), (n_shared,))
+        logs["bytes_up"] = len(delegates) * dense_bytes(tuple(table.shape), (n_numbers,))
     new = replace(
         state,
         user_factors=user_factors,

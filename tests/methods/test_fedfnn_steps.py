@@ -1080,6 +1080,16 @@ def test_bytes_of_a_bce_round(shards, optimizer, item_bias):
     assert logs["bytes_up"] == rows * 4 * (width + 1)
 
 
+@pytest.mark.parametrize("item_bias", [False, True])
+def test_bytes_of_a_quasi_newton_round_count_curvatures_and_products(item_bias):
+    _, plain = bce(start(SINGLE, item_bias=item_bias), SINGLE, 1)
+    _, logs = newton(start(SINGLE, item_bias=item_bias), SINGLE, 1)
+    width, n_delegates = N_FACTORS + item_bias, len(delegates_of(SINGLE, 1))
+    n_rows = plain["bytes_up"] // (4 * (width + 1))
+    assert logs["bytes_down"] == plain["bytes_down"]
+    assert logs["bytes_up"] == plain["bytes_up"] + 4 * (n_rows + n_delegates * width**2)
+
+
 @FEDERATIONS
 @pytest.mark.parametrize("item_bias", [False, True])
 def test_bytes_of_a_round_with_a_head_are_those_without_and_the_head_both_ways(shards, item_bias):
