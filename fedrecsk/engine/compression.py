@@ -11,11 +11,11 @@ what it has not sent and adds it to what it would send the next time it takes pa
 client ever wanted to say then arrives, or is in its `Residual`. Quantising goes to the nearest
 level in that case; without, at random to one of the two around, so as to be right on average.
 
-Columns of a row beyond those of the table (counts, curvature) go along as they are. Numbers that
-make a square as wide as the table are a matrix Σ u uᵀ, which is symmetric, so only one half of it
-is sent; as ``"low-rank"`` its leading eigenvectors, as ``"quantised"`` in at least 8 bits.
-``"top-k"`` leaves it whole: a matrix without its small entries is another one, with directions
-turned around, and so is one of few bits.
+Columns of a row beyond those of the table (counts, curvature) go along as they are. Numbers may
+be a matrix Σ u uᵀ (`Uploads.products`), which is symmetric, so only one half of it is sent; as
+``"low-rank"`` its leading eigenvectors, as ``"quantised"`` in at least 8 bits. ``"top-k"`` leaves
+it whole: a matrix without its small entries is another one, with directions turned around, and so
+is one of few bits.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def _longest(
     kept[order] = rank < allowed[wanted.row_clients[order]]
     n_bytes = sparse_row_bytes(int(kept.sum()), wanted.rows.shape[1])
     n_clients, n_numbers = wanted.numbers.shape
-    if n_numbers == width * width:
+    if wanted.products:
         return wanted, kept, n_bytes + n_clients * dense_bytes((_half(width),))
     n_kept = math.ceil(n_numbers * share - 1e-9)
     if n_kept * (FLOAT_BYTES + INDEX_BYTES) >= dense_bytes((n_numbers,)):
@@ -258,18 +258,17 @@ def _quantised(
 ) -> tuple[Uploads, int]:
     """Write rows and numbers with few bits; `draw` gives the random part for a width."""
     n_rows, n_columns = wanted.rows.shape
-    n_clients, n_numbers = wanted.numbers.shape
-    is_matrix = n_numbers == width * width
+    n_clients = len(wanted.numbers)
     numbers = wanted.numbers
-    if is_matrix:
+    if wanted.products:
         upper = torch.triu_indices(width, width, device=numbers.device)
         numbers = numbers.reshape(-1, width, width)[:, upper[0], upper[1]]
     of_rows, of_numbers = (None, None) if draw is None else draw(numbers.shape[1])
     rows = rounded(wanted.rows[:, :width], bits, None if of_rows is None else of_rows[:, :width])
-    bits_of_numbers = max(bits, MATRIX_BITS) if is_matrix else bits
+    bits_of_numbers = max(bits, MATRIX_BITS) if wanted.products else bits
     numbers = rounded(numbers, bits_of_numbers, of_numbers)
     n_sent = numbers.shape[1]
-    if is_matrix:
+    if wanted.products:
         whole = wanted.numbers.new_zeros(n_clients, width, width)
         whole[:, upper[0], upper[1]] = numbers
         whole[:, upper[1], upper[0]] = numbers
@@ -363,7 +362,7 @@ def _low_rank(wanted: Uploads, rank: int, width: int) -> tuple[Uploads, int]:
     for n, small in zip(counts.tolist(), smaller.tolist(), strict=True):
         n_bytes += dense_bytes((rank, n + width) if small else (n, width))
     numbers = wanted.numbers
-    if n_numbers != width * width:
+    if not wanted.products:
         return replace(wanted, rows=rows), n_bytes + dense_bytes((n_clients, n_numbers))
     # Eigenvectors, and an eigenvalue each.
     if rank * (width + 1) >= _half(width):

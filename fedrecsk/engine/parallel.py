@@ -19,6 +19,7 @@ which ends the fit in the others.
 
 from __future__ import annotations
 
+import atexit
 import heapq
 import os
 import threading
@@ -144,6 +145,8 @@ class _Connection:
 
             # What the program itself would open with accelerate, so that it finds its own.
             PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=self.timeout))
+            # Left open to the interpreter's end, gloo's threads now and then abort the process.
+            atexit.register(_disconnect)
             if not dist.is_initialized():
                 raise RuntimeError(
                     f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this program runs in several "
@@ -180,6 +183,15 @@ class _Connection:
 
 
 _connection = _Connection()
+
+
+def _disconnect() -> None:
+    """Close all that `_Connection.open` has opened."""
+    _connection.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 _busy = threading.Lock()
 
 

@@ -44,6 +44,13 @@ class Uplink:
     secure_sum: SecureSum | None = None
     privacy: Privacy | None = None
 
+    def takes(self, n_clients: int) -> bool:
+        """Say whether so many clients can send something.
+
+        Nobody cannot, nor one whose upload would be the sum that it is to be hidden in.
+        """
+        return n_clients > (self.secure_sum is not None)
+
     def receive(
         self,
         uploads: Uploads,

@@ -53,6 +53,8 @@ class Uploads:
         What a client sends besides.
     weights : Tensor of shape (C,)
         Weight of each client's numbers in the sum.
+    products : bool
+        Whether the numbers are a symmetric matrix Σ u uᵀ, row after row.
     """
 
     clients: NDArray[np.int64]
@@ -63,6 +65,7 @@ class Uploads:
     n_directions: int
     numbers: Tensor
     weights: Tensor
+    products: bool = False
 
     @classmethod
     def nobody(cls, width: int, n_numbers: int, like: Tensor) -> Uploads:
@@ -94,6 +97,7 @@ class Uploads:
             n_directions=parts[0].n_directions,
             numbers=torch.cat([part.numbers for part in parts]),
             weights=torch.cat([part.weights for part in parts]),
+            products=parts[0].products,
         )
 
     def by_client(self, n_items: int) -> Uploads:
@@ -111,6 +115,7 @@ class Uploads:
             n_directions=self.n_directions,
             numbers=scatter_sum(self.numbers, owner, len(clients)),
             weights=self.weights[:1].expand(len(clients)),
+            products=self.products,
         )
 
     def norms(self) -> Tensor:
@@ -136,6 +141,7 @@ class Uploads:
             n_directions=self.n_directions,
             numbers=self.numbers[kept],
             weights=self.weights[kept],
+            products=self.products,
         )
 
     def with_rows(self, rows: Tensor) -> Uploads:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedrecsk.data.interactions import Interactions
 from fedrecsk.engine.attacks import AttackName
+from fedrecsk.engine.compression import CompressionName
 from fedrecsk.engine.defences import DefenceName
 from fedrecsk.engine.device import resolve_device, torch_threads
 from fedrecsk.engine.local import Optimizer, OptimizerName
@@ -39,7 +40,12 @@ from fedrecsk.estimators._nested import (
 )
 from fedrecsk.estimators._sizes import assign_sizes
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
-from fedrecsk.estimators._uplink import Distrust, distrust
+from fedrecsk.estimators._uplink import (
+    Distrust,
+    SecureAggregation,
+    check_sums_suffice,
+    distrust,
+)
 from fedrecsk.methods.hetefedrec import ClientWeights, distillation_step, network_step
 from fedrecsk.methods.nested_state import (
     SPECTRUM,
@@ -187,6 +193,15 @@ default=None
     attack_strength : float, default=10.0
     target_item : item id, default=None
         As in `FedFNNRecommender`. Clients that are alone send nothing.
+    compression : {"top-k", "quantised", "low-rank"} or None, default=None
+    compression_level : float or "auto", default="auto"
+    error_feedback : bool, default=True
+        How clients make their uploads smaller, see `FedFNNRecommender`.
+    secure_aggregation : bool or "simulate", default=False
+    secure_bits : int in [2, 32], default=32
+        As in `FedFNNRecommender`: the server sees sums over the clients of each size. A client
+        that is the only one of its size in a round would be seen through; it sends nothing, and
+        counts as ``rejected`` in ``history_``.
     report_every : int or None, default=1
         Rounds between two looks at the spectrum of the widest table in ``history_``; None: none.
     min_rating : float or None, default=None
@@ -361,6 +376,11 @@ default=None
         attack: AttackName = "gradient",
         attack_strength: float = 10.0,
         target_item: Any = None,
+        compression: CompressionName | None = None,
+        compression_level: float | Literal["auto"] = "auto",
+        error_feedback: bool = True,
+        secure_aggregation: SecureAggregation = False,
+        secure_bits: int = 32,
         report_every: int | None = 1,
         min_rating: float | None = None,
         early_stopping: bool = False,
@@ -419,6 +439,11 @@ default=None
         self.attack = attack
         self.attack_strength = attack_strength
         self.target_item = target_item
+        self.compression = compression
+        self.compression_level = compression_level
+        self.error_feedback = error_feedback
+        self.secure_aggregation = secure_aggregation
+        self.secure_bits = secure_bits
         self.report_every = report_every
         self.min_rating = min_rating
         self.early_stopping = early_stopping
@@ -579,6 +604,13 @@ default=None
 
     def _distrust(self, data: Interactions, streams: Streams) -> Distrust:
         """Draw who is dishonest, and bind what happens to uploads."""
+        if self.secure_aggregation:
+            check_sums_suffice(
+                defence=self.defence,
+                compression=self.compression,
+                predicts=False,
+                sampling=self.sampling,
+            )
         around = distrust(
             data,
             streams,
@@ -589,11 +621,17 @@ default=None
             attack=self.attack,
             attack_strength=self.attack_strength,
             target_item=self.target_item,
+            compression=self.compression,
+            compression_level=self.compression_level,
+            error_feedback=self.error_feedback,
+            secure_aggregation=self.secure_aggregation,
+            secure_bits=self.secure_bits,
         )
         if around.uplink is not None and self.aggregation == "standalone":
             raise ValueError(
-                'aggregation="standalone" sends nothing that could be attacked or defended: leave '
-                "defence=None and malicious_fraction=0."
+                'aggregation="standalone" sends nothing that could be attacked, defended, '
+                "compressed or hidden: leave defence, malicious_fraction, compression and "
+                "secure_aggregation out."
             )
         return around
 

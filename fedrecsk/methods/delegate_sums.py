@@ -8,7 +8,7 @@ of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -203,4 +203,5 @@ def uploads_of(
     grams = (vectors[:, :, None] * vectors[:, None, :]).flatten(1)  # a user a client
     uploads = result.uploads(cohort.clients, weight, grams, share)
     curvature = bce_newton.row_curvature(result, vectors)[result.row_valid]
-    return uploads.with_rows(torch.cat([uploads.rows, curvature[:, None]], 1))
+    rows = torch.cat([uploads.rows, curvature[:, None]], 1)
+    return replace(uploads, rows=rows, products=True)

@@ -34,6 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -50,9 +51,9 @@ from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
 from fedrecsk.engine.uplink import Uplink
 from fedrecsk.engine.uploads import Uploads
-from fedrecsk.exceptions import NoUsableUploadError
 from fedrecsk.methods.nested_state import (
     Aggregation,
+    Arrivals,
     Logs,
     NestedState,
     Sizes,
@@ -128,7 +129,8 @@ def network_step(
         Takes an aggregated change as a negative gradient; plain SGD at rate 1 adds it.
     uplink : Uplink, optional
         What happens to uploads before they are added up, among clients of the same size; None
-        adds them as they come.
+        adds them as they come. A client that would be alone in a secure sum sends nothing and
+        counts as rejected.
     in_place : bool, default=False
         Write users' vectors and clients' turns into the arrays of `state`, which must not be read
         any more. Else all users are copied, also those who take no part.
@@ -143,6 +145,8 @@ def network_step(
     NoUsableUploadError
         If what every participant has learned is not finite, or far too large. On a GPU single
         participants are looked at by an uplink alone.
+    ValueError
+        If with secure sums a single client of each size takes part.
     """
     key = streams.key("examples", t)
     together = dual_task and aggregation == "padded"
@@ -152,7 +156,7 @@ def network_step(
         return rows if client_weights == "interactions" else np.ones_like(rows)
 
     user_factors = state.user_factors if in_place else state.user_factors.clone()
-    sums = _NetworkSums.zero(state)
+    sums, arrivals = _NetworkSums.zero(state), Arrivals.before(state)
     parts = shares(participants, shards.client_rows[participants])
     # A GPU would be waited for, unless somebody looks at single uploads anyway.
     looks = uplink is not None or user_factors.device.type == "cpu"
@@ -201,18 +205,19 @@ def network_step(
                 means = mean_rows(vectors, cohort.owner, len(weight))
                 kept = torch.ones_like(weight, dtype=torch.bool) if broken is None else ~broken
                 sent.append((own.of(kept), means[kept]))
-        if uplink is not None and any(len(own.clients) for own, _ in sent):
+        if uplink is not None and sent:
             uploads = Uploads.join([own for own, _ in sent])
             vectors = torch.cat([means for _, means in sent])
-            received, n_rejected = uplink.receive(uploads, vectors, state.tables[x], t)
+            receive = partial(uplink.receive, uploads, vectors, state.tables[x], t)
+            received, n_rejected = arrivals.take(x, len(uploads.clients), uplink, receive)
             sums.n_broken += n_rejected
-            sums.changes[x], sums.trained[x] = received.rows, received.row_weights
-            sums.add_heads(tasks, received.numbers, received.weight)
+            if received is not None:
+                sums.changes[x], sums.trained[x] = received.rows, received.row_weights
+                sums.add_heads(tasks, received.numbers, received.weight)
     sums = sums.of_all_processes()
     user_factors = fill_rows(user_factors, parts, shards.users_of)
 
-    if 0 < len(participants) == sums.n_broken:
-        raise NoUsableUploadError(len(participants), t)
+    arrivals.check_somebody_is_heard(len(participants), sums.n_broken, t)
     members = [sizes.members(participants, x) for x in range(len(sizes.widths))]
     weights = [float(weights_of(group).sum()) for group in members]
     tables, table_moments = list(state.tables), []
@@ -239,7 +244,7 @@ def network_step(
             tables[x] = tables[x] + part
         table_moments.append(after)
     moved_heads, head_moments = sums.moved_heads(state, server_optimizer)
-    logs = _network_logs(state, sums, members, dual_task=together)
+    logs = arrivals.logs(_network_logs(state, sums, members, dual_task=together))
     return replace(
         state,
         user_factors=user_factors,
@@ -248,6 +253,7 @@ def network_step(
         table_moments=tuple(table_moments),
         head_moments=head_moments,
         turns=counted_turns(state, participants, in_place=in_place),
+        residuals=arrivals.kept(),
     ), logs
 
 

@@ -20,6 +20,9 @@ from fedrecsk.engine.local import Moments, Optimizer, init_moments
 from fedrecsk.engine.parallel import fill_rows, own_part, shares
 from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.engine.traffic import FLOAT_BYTES
+from fedrecsk.engine.uplink import Uplink
+from fedrecsk.engine.uploads import Residual, UploadSums
+from fedrecsk.exceptions import NoUsableUploadError, TooFewClientsError
 from fedrecsk.methods.padded_aggregation import slice_of
 from fedrecsk.models.decorrelation import spectrum
 from fedrecsk.models.head import Head, n_weights
@@ -115,6 +118,9 @@ class NestedState:
         Whether each client has missed a turn and kept it, see `Turnout.turns_after`.
     private : PrivateModels or None
         Of clients that each train for themselves.
+    residuals : tuple of (Residual or None), or None
+        For each size, what clients that compress their uploads of it have kept for later; it lies
+        with them. None: nobody compresses.
     """
 
     user_factors: Tensor
@@ -126,6 +132,7 @@ class NestedState:
     turns: NDArray[np.int64]
     missed: NDArray[np.bool_]
     private: PrivateModels | None = None
+    residuals: tuple[Residual | None, ...] | None = None
 
     @classmethod
     def start(
@@ -271,6 +278,110 @@ def table_blocks(widths: Sequence[int], *, item_bias: bool) -> list[tuple[int, s
 def lifted(head: Head) -> Head:
     """Give every tensor the leading axis of one client that optimisers expect."""
     return {name: value[None] for name, value in head.items()}
+
+
+@dataclass(eq=False)
+class Arrivals:
+    """What uploads of several sizes have cost, and left with the clients.
+
+    Attributes
+    ----------
+    residuals : list of (Residual or None)
+        For each size, what clients keep.
+    bytes_up, bytes_down : int
+        Of clients that send something else than their rows.
+    is_counted : bool
+        Whether there are such; else bytes follow from the rows.
+    n_alone : int
+        Clients that cannot send anything since nobody else of their size takes part, see
+        `Uplink.takes`.
+    has_asked : bool
+        Whether the uploads of any size were handed on.
+    """
+
+    residuals: list[Residual | None]
+    bytes_up: int = 0
+    bytes_down: int = 0
+    is_counted: bool = False
+    n_alone: int = 0
+    has_asked: bool = False
+
+    @classmethod
+    def before(cls, state: NestedState) -> Arrivals:
+        """Begin a round."""
+        return cls(list(state.residuals or [None] * len(state.tables)))
+
+    def take(
+        self,
+        size: int,
+        n_clients: int,
+        uplink: Uplink,
+        receive: Callable[[Residual | None], tuple[UploadSums, int]],
+    ) -> tuple[UploadSums | None, int]:
+        """Hand the uploads of a size to an uplink.
+
+        Parameters
+        ----------
+        size : int
+        n_clients : int
+            Of this size, in the round.
+        uplink : Uplink
+        receive : callable
+            ``receive(residual)`` is `Uplink.receive` for their uploads.
+
+        Returns
+        -------
+        sums : UploadSums or None
+            None if nothing of them is left, which is no error as long as there are other sizes.
+        n_rejected : int
+        """
+        if not uplink.takes(n_clients):
+            self.n_alone += n_clients
+            return None, n_clients
+        self.has_asked = True
+        try:
+            sums, n_rejected = receive(self.residuals[size])
+        except TooFewClientsError:
+            raise
+        except NoUsableUploadError:
+            return None, n_clients
+        if sums.bytes_up is not None:
+            self.is_counted = True
+            self.bytes_up += sums.bytes_up
+            self.bytes_down += sums.bytes_down
+            self.residuals[size] = sums.residual
+        return sums, n_rejected
+
+    def logs(self, logs: Logs) -> Logs:
+        """Put in what was counted."""
+        if not self.is_counted:
+            return logs
+        bytes_down = logs["bytes_down"] + self.bytes_down
+        return {**logs, "bytes_up": self.bytes_up, "bytes_down": bytes_down}
+
+    def check_somebody_is_heard(self, n_participants: int, n_rejected: int, t: int) -> None:
+        """Refuse a round of which nothing is left.
+
+        Raises
+        ------
+        ValueError
+            If clients of every size are alone.
+        NoUsableUploadError
+            If nobody can use what they send.
+        """
+        if not 0 < n_participants == n_rejected:
+            return
+        if self.n_alone and not self.has_asked:
+            raise ValueError(
+                f"Round {t + 1} has a single client of each size, and its upload would be the sum "
+                "that secure_aggregation hides it in. Raise clients_per_round."
+            )
+        raise NoUsableUploadError(n_participants, t)
+
+    def kept(self) -> tuple[Residual | None, ...] | None:
+        """Return what the next state holds of it."""
+        keeps = any(residual is not None for residual in self.residuals)
+        return tuple(self.residuals) if keeps else None
 
 
 def counted_turns(

@@ -17,6 +17,7 @@ pilot).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,9 +30,9 @@ from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
 from fedrecsk.engine.uplink import Uplink
 from fedrecsk.engine.uploads import Uploads, UploadSums
-from fedrecsk.exceptions import NoUsableUploadError
 from fedrecsk.methods.nested_state import (
     Aggregation,
+    Arrivals,
     Logs,
     NestedState,
     Sizes,
@@ -97,6 +98,7 @@ def whole_data_step(
     logs: Logs = {
         "loss": 0.0, "clients": len(participants), "rejected": 0, "bytes_down": 0, "bytes_up": 0
     }  # fmt: skip
+    arrivals = Arrivals.before(state)
     # A GPU would be waited for, unless somebody looks at single uploads anyway.
     looks = uplink is not None or user_factors.device.type == "cpu"
     broken: list[NDArray[np.int64]] = []
@@ -135,10 +137,13 @@ def whole_data_step(
                         sums = sums.with_loss(more)
                         own = whole_data.uploads_of(cohort, users, part, blocks[: y + 1])
                         sent.append((own, users))
-                if uplink is not None and any(len(users) for _, users in sent):
-                    received, n_rejected = whole_data.receive(uplink, sent, part, t)
-                    sums = sums.plus_received(received, shards.client_users)
+                if uplink is not None and sent:
+                    n_clients = len(np.unique(np.concatenate([own.clients for own, _ in sent])))
+                    receive = partial(whole_data.receive, uplink, sent, part, t)
+                    received, n_rejected = arrivals.take(federation[y], n_clients, uplink, receive)
                     logs["rejected"] += n_rejected * (y == place)
+                    if received is not None:
+                        sums = sums.plus_received(received, shards.client_users)
             d, n_curvatures = blocks[place].stop, (place + 1) * item_curvature
             n_sent = int(shards.client_items[group].sum())
             logs["bytes_down"] += len(group) * int(n_bytes[x])
@@ -183,15 +188,15 @@ def whole_data_step(
     logs["loss"] = logs["loss"] / max(n_rows, 1)
     logs["rejected"] += len(np.unique(np.concatenate(broken))) if broken else 0
     logs["rejected"] = int(add_up(torch.tensor(logs["rejected"]))[0])
-    if 0 < len(participants) == logs["rejected"]:
-        raise NoUsableUploadError(len(participants), t)
+    arrivals.check_somebody_is_heard(len(participants), logs["rejected"], t)
     return replace(
         state,
         user_factors=fill_rows(user_factors, parts, shards.users_of),
         tables=tuple(tables),
         statistics=tuple(statistics),
         turns=counted_turns(state, participants, in_place=in_place),
-    ), logs
+        residuals=arrivals.kept(),
+    ), arrivals.logs(logs)
 
 
 @dataclass(frozen=True, eq=False)

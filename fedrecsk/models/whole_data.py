@@ -327,6 +327,7 @@ def uploads_of(
         n_directions=users.shape[1],
         numbers=(users[:, :, None] * users[:, None, :]).flatten(1),
         weights=ones.new_ones(len(users)),
+        products=True,
     )
 
 

@@ -30,7 +30,7 @@ def grams(uploads, width=WIDTH, seed=0):
     users = torch.randn(
         len(uploads.clients), 2, width, generator=torch.Generator().manual_seed(seed)
     )
-    return replace(uploads, numbers=(users.mT @ users).flatten(1))
+    return replace(uploads, numbers=(users.mT @ users).flatten(1), products=True)
 
 
 def tables(uploads):
@@ -280,11 +280,16 @@ def test_bytes_of_a_tiny_case_by_hand():
     assert send("quantised", two, level=5)[2] == 5 * (4 + 4 + 2 + 4) + 2 * (4 + 7)
     # 4 x 3 as 4 x 1 and 1 x 3; the single row stays; indices and other columns; the weights.
     assert send("low-rank", two, level=1)[2] == (7 + 3) * 4 + 5 * (4 + 4) + 2 * 10 * 4
-    matrices = replace(two, numbers=torch.eye(3).flatten().repeat(2, 1))
+    matrices = replace(two, numbers=torch.eye(3).flatten().repeat(2, 1), products=True)
     assert send("top-k", matrices, level=0.5)[2] == 3 * 20 + 2 * 6 * 4
     assert send("quantised", matrices, level=5)[2] == 5 * 14 + 2 * (4 + 6)
     assert send("low-rank", matrices, level=1)[2] == 80 + 2 * 4 * 4
     assert send("low-rank", matrices, level=2)[2] == 12 * 4 + 3 * 4 + 5 * 8 + 2 * 6 * 4
+    # As many weights as a matrix has, and none of them is one.
+    weights = replace(matrices, products=False)
+    assert send("top-k", weights, level=0.25)[2] == 2 * 20 + 2 * 3 * 8
+    assert send("quantised", weights, level=5)[2] == 5 * 14 + 2 * (4 + 6)
+    assert send("low-rank", weights, level=1)[2] == 80 + 2 * 9 * 4
     nothing = replace(two, numbers=torch.zeros(2, 0))
     assert send("quantised", nothing, level=8)[2] == 5 * (4 + 4 + 3 + 4)
 

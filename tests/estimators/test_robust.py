@@ -132,7 +132,7 @@ def test_the_last_good_state_is_kept_if_no_upload_of_a_round_can_be_used(split, 
 
 def test_clients_that_are_alone_have_nothing_to_defend(split):
     model = HeteFedRecRecommender("ncf", aggregation="standalone", n_rounds=1, defence="clip")
-    with pytest.raises(ValueError, match="sends nothing that could be attacked or defended"):
+    with pytest.raises(ValueError, match="sends nothing that could be attacked, defended"):
         model.fit(split[0])
 
 

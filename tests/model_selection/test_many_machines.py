@@ -93,7 +93,7 @@ def no_process_left(monkeypatch):
     """
     monkeypatch.setenv("STARTED_BY", mark := secrets.token_hex())
     yield
-    _, left = psutil.wait_procs(marked(mark), timeout=20)
+    _, left = psutil.wait_procs(marked(mark), timeout=120)
     for each in left:
         each.kill()
     assert left == []
