@@ -90,17 +90,20 @@ def run(data: Data, method: str, attack: str, defence: str, seeds: int) -> dict[
 
 
 def goals_of(name: str, rows: Sequence[dict[str, Any]]) -> list[Goal]:
-    """State that attacks move little past the advised defence."""
+    """State that attacks move little past the advised defence, from where nobody is dishonest.
+
+    The calm fit to compare with has no defence, so that what it costs counts as well.
+    """
     cells = {(row["method"], row["attack"], row["defence"]): row for row in rows}
     goals = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        calm = cells[method, "none", ADVISED]
+        calm = cells[method, "none", "none"]
         worst = min(
             np.mean(row["ndcg@20"]) / np.mean(calm["ndcg@20"])
             for (who, _, defence), row in cells.items()
             if who == method and defence == ADVISED
         )
-        goals.append(Goal(f"{name}, {method}, {ADVISED}: NDCG@20 under attack", float(worst), 0.95))
+        goals.append(Goal(f"{name}, {method}, {ADVISED}: NDCG@20 kept", float(worst), 0.95))
         moved = max(
             np.mean(cells[method, attack, ADVISED]["er@10"]) - np.mean(calm["er@10"])
             for attack in PROMOTIONS

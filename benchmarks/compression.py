@@ -1,9 +1,9 @@
 """What smaller uploads, and secure sums, cost: NDCG@20 against megabytes sent by all clients.
 
-FedAvg with sampled negatives and FedFNN with the whole-data objective, both with their defaults,
-under three kinds of compression at several levels, with error feedback and without; and secure
-aggregation with numbers of several lengths. A random 20% of every user's interactions are held
-out, another one for each seed. Megabytes are those of all clients in all rounds, upwards.
+FedAvg with sampled negatives, FedFNN and HeteFedRec with the whole-data objective, all with their
+defaults, under three kinds of compression at several levels, with error feedback and without; and
+secure aggregation with numbers of several lengths. A random 20% of every user's interactions are
+held out, another one for each seed. Megabytes are those of all clients in all rounds, upwards.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from _common import Data, Goal, format_table, load, mean_and_spread, one_thread,
 from _curves import Params, figure_class, parse
 from joblib import Parallel, delayed
 
-from fedrecsk import FedAvgRecommender, FedFNNRecommender
+from fedrecsk import FedAvgRecommender, FedFNNRecommender, HeteFedRecRecommender
 from fedrecsk.metrics import evaluate
 from fedrecsk.model_selection import PerUserHoldout
 
 SCRIPT = "compression"
-METHODS = {"FedAvg, bce": FedAvgRecommender, "FedFNN, whole-data": FedFNNRecommender}
+METHODS = {
+    "FedAvg, bce": FedAvgRecommender,
+    "FedFNN, whole-data": FedFNNRecommender,
+    "HeteFedRec, whole-data": HeteFedRecRecommender,
+}
 LEVELS: dict[str, tuple[float, ...]] = {
     "top-k": (0.1, 0.3),
     "quantised": (2, 4),

@@ -1444,14 +1444,14 @@ def test_compression_runs_and_writes(monkeypatch, data, tmp_path, capsys):
     assert figure.stat().st_size > 1_000
     report = json.loads(out.read_text())
     rows = report["data"]["tiny"]["rows"]
-    assert len(rows) == 2 * (1 + 3 * 2 + 1)
+    assert len(rows) == 3 * (1 + 3 * 2 + 1)
     assert report["goals"] == []
     printed = capsys.readouterr().out
     assert "low-rank, rank 1" in printed
     place = "<!-- compression -->\n<!-- /compression -->"
     for places in (tables.SECTIONS, tables.OF_COMMUNICATION):
         text = tables.rewrite(place, {"compression": report}, places)
-        assert text.count("| as they are | ") == text.count("| 16 bits | ") == 2
+        assert text.count("| as they are | ") == text.count("| 16 bits | ") == 3
 
 
 def compression_row(ndcg, up, **params):

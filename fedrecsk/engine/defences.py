@@ -3,7 +3,8 @@
 A mean follows whoever shouts. The rules here put something else in its place, row by row of the
 table, over the clients that sent the row:
 
-- ``"clip"``: rows and numbers are shortened to what most clients send, then added.
+- ``"clip"``: rows and numbers are shortened to what most clients send, then added. Changes, which
+  add up to a step, are all lengthened again by what shortening has taken from honest ones.
 - ``"median"``: the median of each column.
 - ``"trimmed-mean"``: the mean of each column without its largest and smallest values.
   Of clients' numbers both take the mean of those nearest to the median, half of them or all but a
@@ -75,7 +76,7 @@ class Defence:
         -------
         UploadSums
         """
-        clipped = clip(uploads, self.clip_quantile)
+        clipped = clip(uploads, self.clip_quantile, self.assumed_malicious)
         if self.name == "clip":
             return add_uploads(clipped, n_items)
         n_clients = len(clipped.clients)
@@ -95,14 +96,21 @@ class Defence:
         )
 
 
-def clip(uploads: Uploads, quantile: float) -> Uploads:
+def clip(uploads: Uploads, quantile: float, assumed_malicious: float = 0.0) -> Uploads:
     """Shorten rows, and clients' numbers, to a quantile of the lengths that the round has.
+
+    Changes would add up to a shorter step then, and training would be slower; so they are all
+    lengthened by one factor, which makes up for what was taken from honest ones. It looks at no
+    length beyond those of the dishonest, so nothing ends up longer than the longest honest change.
+    Beside products (`Uploads.products`) rows are sums that the server solves for, and not changes.
 
     Parameters
     ----------
     uploads : Uploads
     quantile : float in (0, 1]
         Read from all rows together; 1 leaves everything as it is.
+    assumed_malicious : float in [0, 0.5), default=0.0
+        Share of the longest that the factor does not believe.
 
     Returns
     -------
@@ -111,23 +119,37 @@ def clip(uploads: Uploads, quantile: float) -> Uploads:
         along, few would seem to have sent what pulls hard.
     """
     n, width = uploads.n_directions, uploads.rows.shape[1]
-    parts = [uploads.rows[:, :n], *(uploads.rows[:, k : k + 1] for k in range(n, width))]
+    believed = None if uploads.products else 1.0 - assumed_malicious
+    sizes = [_shortened(uploads.rows[:, k : k + 1], quantile) for k in range(n, width)]
     return replace(
         uploads,
-        rows=torch.cat([_shortened(part, quantile) for part in parts], 1),
-        numbers=_shortened(uploads.numbers, quantile),
+        rows=torch.cat([_shortened(uploads.rows[:, :n], quantile, believed), *sizes], 1),
+        numbers=_shortened(uploads.numbers, quantile, believed),
     )
 
 
-def _shortened(vectors: Tensor, quantile: float) -> Tensor:
-    """Scale vectors (n, w) down to a quantile of their lengths."""
+def _shortened(vectors: Tensor, quantile: float, believed: float | None = None) -> Tensor:
+    """Scale vectors (n, w) down to a quantile of their lengths.
+
+    With `believed`, all are scaled up again, so that the lengths have the sum that they would
+    have, were they shortened to that quantile.
+    """
     if quantile >= 1.0 or not vectors.numel():
         return vectors
     lengths = vectors.norm(dim=1)
+    bound = _quantile(lengths, quantile)
+    factor = (bound / lengths.clamp_min(torch.finfo(vectors.dtype).tiny)).clamp_max(1.0)
+    if believed is not None and believed > quantile and bool(bound > 0):
+        wanted = lengths.clamp_max(_quantile(lengths, believed))
+        factor = factor * (wanted.sum() / lengths.clamp_max(bound).sum())
+    return vectors.mul(factor[:, None])
+
+
+def _quantile(lengths: Tensor, quantile: float) -> Tensor:
+    """Smallest of the lengths (n,) that a share of them do not exceed."""
     # Not torch.quantile, which refuses more than 16 million numbers.
-    bound = lengths.kthvalue(max(1, math.ceil(quantile * len(lengths)))).values
-    factor = bound / lengths.clamp_min(torch.finfo(vectors.dtype).tiny)
-    return vectors.mul(factor.clamp_max(1.0)[:, None])
+    found: Tensor = lengths.kthvalue(max(1, math.ceil(quantile * len(lengths)))).values
+    return found
 
 
 def trimmed_mean(values: Tensor, place: Tensor, counts: Tensor, cut: int) -> Tensor:

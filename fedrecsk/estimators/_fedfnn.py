@@ -251,7 +251,7 @@ class FedFNNRecommender(BaseRecommender):
         Largest share of dishonest clients in a round that a defence has to withstand.
     clip_quantile : float in (0, 1], default=0.7
         With a defence, rows longer than this quantile of all rows of the round are shortened to
-        it; 1 shortens none.
+        it, and steps made as long again as most clients want them; 1 shortens none.
     malicious_fraction : float in [0, 1), default=0.0
         Share of the clients that are dishonest, to try defences on.
     attack : {"gradient", "random", "bandwagon", "sign-flip", "scale", "gaussian", "nan"}, \

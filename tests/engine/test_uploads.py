@@ -136,16 +136,36 @@ def test_an_uplink_ends_the_fit_if_nothing_can_be_used():
 # Defences ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("assumed", [0.0, 0.2])
 @pytest.mark.parametrize("quantile", [0.01, 0.5, 0.9, 1.0])
-def test_clipping_shortens_what_is_longer_than_the_quantile(quantile):
-    uploads = random_uploads()
-    clipped = clip(uploads, quantile)
+def test_clipping_shortens_what_is_longer_than_the_quantile(quantile, assumed, products):
+    uploads = replace(random_uploads(), products=products)
+    clipped = clip(uploads, quantile, assumed)
     n = uploads.n_directions
-    close(clipped.rows[:, :n], shortened(uploads.rows[:, :n].numpy(), quantile))
+    believed = None if products else 1 - assumed  # the length of changes is made up for
+    close(clipped.rows[:, :n], shortened(uploads.rows[:, :n].numpy(), quantile, believed))
     close(clipped.rows[:, n:], shortened(uploads.rows[:, n:].numpy(), quantile))  # one column
-    close(clipped.numbers, shortened(uploads.numbers.numpy(), quantile))
+    close(clipped.numbers, shortened(uploads.numbers.numpy(), quantile, believed))
     parallel = torch.cosine_similarity(clipped.rows[:, :n], uploads.rows[:, :n])
     close(parallel, np.ones(len(parallel)))
+
+
+@pytest.mark.parametrize("length", [1e2, 1e30])
+def test_what_liars_send_lengthens_nothing_beyond_the_longest_honest_row(length):
+    uploads = random_uploads()
+    lies = uploads.row_clients == 1
+    assert lies.float().mean() < 0.2
+    loud = uploads.with_rows(torch.where(lies[:, None], length, uploads.rows))
+    honest = loud.rows[~lies].norm(dim=1).max()
+    assert clip(loud, 0.5, 0.2).rows.norm(dim=1).max() <= honest
+
+
+def test_where_most_have_nothing_to_say_nobody_speaks():
+    uploads = random_uploads()
+    rows = torch.zeros_like(uploads.rows)
+    rows[0] = 5.0
+    assert (clip(uploads.with_rows(rows), 0.7, 0.1).rows == 0).all()
 
 
 @pytest.mark.parametrize(

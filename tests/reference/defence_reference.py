@@ -18,16 +18,24 @@ def laid_out(uploads, n_items):
     return table
 
 
-def shortened(vectors, quantile):
-    """Shorten vectors (n, w) to a quantile of their lengths."""
+def shortened(vectors, quantile, believed=None):
+    """Shorten vectors (n, w) to a quantile of their lengths.
+
+    With `believed`, lengthen all so that they are as long together as they would be, were they
+    shortened to that quantile.
+    """
     vectors = np.asarray(vectors, dtype=float)
     if not vectors.size or quantile >= 1:
         return vectors
     lengths = [math.sqrt(sum(x * x for x in vector)) for vector in vectors]
-    bound = sorted(lengths)[max(1, math.ceil(quantile * len(lengths))) - 1]
-    return np.array(
-        [v * (bound / n if n > bound else 1.0) for v, n in zip(vectors, lengths, strict=True)]
-    )
+
+    def short(share):
+        bound = sorted(lengths)[max(1, math.ceil(share * len(lengths))) - 1]
+        return [min(length, bound) for length in lengths]
+
+    after = short(quantile)
+    factor = sum(short(max(quantile, believed or 0))) / sum(after)
+    return np.array([v * (factor * a / n) for v, n, a in zip(vectors, lengths, after, strict=True)])
 
 
 def trimmed(values, cut):
