@@ -37,7 +37,7 @@ balance = script("fellrec_balance")
 split = script("fellrec_split")
 round_profile, other_engines = script("round_profile"), script("other_engines")
 scale, faults, compression = script("scale"), script("faults"), script("compression")
-privacy, reliability = script("privacy"), script("reliability")
+privacy, reliability, attacks = script("privacy"), script("reliability"), script("attacks")
 
 
 @pytest.fixture(scope="module")
@@ -1476,6 +1476,50 @@ def test_compression_goals_and_losses(monkeypatch):
     assert compression.loss_of(rows[3], rows[0]) == pytest.approx(0.2)
     fewer, _ = compression.goals_of("ml", [row for row in rows if row["ndcg@20"] != [0.4, 0.598]])
     assert not fewer.held
+
+
+# ------------------------------------------------------------------ attacks
+
+
+def attack_row(attack, defence, ndcg, exposure=()):
+    cells = {"method": "FedAvg", "attack": attack, "defence": defence}
+    return {**cells, "ndcg@20": ndcg, "er@10": list(exposure), "seconds": [1.0]}
+
+
+def test_attacks_are_judged_from_where_nobody_lies_and_nobody_defends():
+    rows = [
+        attack_row("none", "none", [0.3, 0.5], [0.1, 0.0]),
+        attack_row("none", "clip", [0.36, 0.4], [0.0, 0.0]),
+        attack_row("gradient", "none", [0.2, 0.2], [0.9, 0.9]),
+        attack_row("gradient", "clip", [0.4, 0.4], [0.1, 0.04]),
+        attack_row("scale", "clip", [0.39, 0.4]),
+        attack_row("scale", "median", [0.0]),
+    ]
+    kept, moved = attacks.goals_of("ml", rows)
+    assert kept.value == pytest.approx(0.38 / 0.4)  # what the defence itself costs counts
+    assert kept.held
+    assert moved.value == pytest.approx(0.02)
+    assert moved.held
+    header, lines = attacks.table_of(rows, "FedAvg", "er@10")
+    assert header == ["", "none", "clip", "median"]
+    assert lines[1] == ["gradient", "0.900 ± 0.000", "0.070 ± 0.042", ""]
+    assert [line[0] for line in lines] == ["none", "gradient"]
+    rows[3]["er@10"] = [0.2, 0.2]
+    rows[4]["ndcg@20"] = [0.3, 0.3]
+    assert not any(goal.held for goal in attacks.goals_of("ml", rows))
+
+
+def test_a_fit_that_an_attack_ends_ranks_nothing(data, monkeypatch):
+    found = attacks.run(data, "FedFNN", "gradient", "clip", 1)
+    assert found["ndcg@20"][0] > 0
+    assert found["er@10"][0] <= 1
+
+    def end(self, X):
+        raise FloatingPointError("Training diverged.")
+
+    monkeypatch.setattr(attacks.FedFNNRecommender, "fit", end)
+    found = attacks.run(data, "FedFNN", "gradient", "clip", 1)
+    assert (found["ndcg@20"], found["er@10"], found["seconds"]) == ([0.0], [], [])
 
 
 # ------------------------------------------------------------------ privacy
