@@ -29,6 +29,7 @@ from _common import (
 )
 
 from fedrecsk import FedAvgRecommender, FedFNNRecommender
+from fedrecsk.data.vocabulary import Vocabulary
 from fedrecsk.metrics import evaluate, exposure_ratio
 from fedrecsk.model_selection import PerUserHoldout
 
@@ -70,7 +71,8 @@ def run(data: Data, method: str, attack: str, defence: str, seeds: int) -> dict[
             continue
         seconds.append(time.perf_counter() - start)
         honest = np.setdiff1d(model.user_ids_, model.malicious_client_ids_)
-        rows = test[np.isin(data.X[test, 0], honest)]
+        # By codes: NumPy compares ids that are objects one with all.
+        rows = test[Vocabulary(honest).encode(data.X[test, 0])[1]]
         found = evaluate(model, data.X[rows], metrics="ndcg", k=20)
         ndcg.append(float(found.overall["ndcg@20"]))
         if attack in ("none", *PROMOTIONS):
