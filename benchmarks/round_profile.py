@@ -46,7 +46,7 @@ from fedrecsk import FedAvgRecommender
 from fedrecsk.engine.mixing import RowSums
 from fedrecsk.engine.shards import ClientShards
 from fedrecsk.estimators import _fedfnn
-from fedrecsk.methods import fedfnn
+from fedrecsk.methods import bce_rounds
 from fedrecsk.models import ncf, sampled_bce, whole_data
 from fedrecsk.models.head import head_layers, head_of
 from fedrecsk.models.private_rows import PrivateRows
@@ -140,9 +140,9 @@ def watched() -> Iterator[Clock]:
         (whole_data, "user_sums", "scatter"),
         (whole_data, "server_step", "server step"),
         (RowSums, "add", "scatter"),
-        (fedfnn, "_row_weights", "scatter"),
-        (fedfnn, "weighted_mean", "server step"),
-        (fedfnn, "apply_gradients", "server step"),
+        (bce_rounds, "_row_weights", "scatter"),
+        (bce_rounds, "weighted_mean", "server step"),
+        (bce_rounds, "apply_gradients", "server step"),
         (ClientShards, "_cut", "gather"),
         (ClientShards, "_by_size", "gather"),
     ]

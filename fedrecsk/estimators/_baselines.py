@@ -29,7 +29,7 @@ from fedrecsk.estimators._fedfnn import (
 from fedrecsk.estimators._privacy import PRIVACY_CONSTRAINTS
 from fedrecsk.estimators._sklearn import Constraints
 from fedrecsk.estimators._uplink import SecureAggregation
-from fedrecsk.methods.fedfnn import SamplingName
+from fedrecsk.methods.factor_state import SamplingName
 
 
 class FedAvgRecommender(BaseRecommender):

@@ -23,7 +23,7 @@ from fedrecsk.estimators._fedfnn import (
     simulate_fedfnn,
 )
 from fedrecsk.estimators._sklearn import Constraints
-from fedrecsk.methods.fedfnn import ItemWeighting
+from fedrecsk.methods.bce_rounds import ItemWeighting
 
 # Whole-data parameters and the choice of a model or of the sampling have no place in FedFast.
 BCE_CONSTRAINTS: Constraints = {

@@ -47,22 +47,21 @@ from fedrecsk.estimators._uplink import (
     check_sums_suffice,
     distrust,
 )
-from fedrecsk.methods.fedfnn import (
+from fedrecsk.methods.bce_rounds import ItemWeighting, bce_download, bce_step, refit_bce
+from fedrecsk.methods.factor_state import (
     FactorState,
-    ItemWeighting,
     Logs,
     SamplingName,
-    bce_download,
-    bce_step,
     draw_delegates,
-    prediction_step,
-    refit_bce,
-    refit_whole_data,
     served_factors,
+)
+from fedrecsk.methods.fedfnn import Predict, fedfnn_step, prediction_step
+from fedrecsk.methods.meta_network import PredictorName
+from fedrecsk.methods.whole_data_rounds import (
+    refit_whole_data,
     whole_data_download,
     whole_data_step,
 )
-from fedrecsk.methods.meta_network import PredictorName
 from fedrecsk.models import whole_data
 from fedrecsk.models.head import Head, init_head
 
@@ -928,42 +927,58 @@ def simulate_fedfnn(
                 mean_rows=len(shards.items) / shards.n_users,
             )
 
-    def train_and_predict(
-        state: FactorState, delegates: NDArray[np.int64], t: int
-    ) -> tuple[FactorState, Logs]:
-        trained, logs = train(state, delegates, t)
-        if promised is not None:
-            logs["epsilon"] = promised.epsilons[t - state.first_round]
-        if kind is None:
-            return trained, logs
-        monitored = float(logs["loss"])  # patience decides now, so the device is waited for
+    def monitor(trained: FactorState, logs: Logs) -> float:
         if patience_on == "ndcg" and validation is not None:
-            monitored = -validation.ndcg(
+            return -validation.ndcg(
                 served_factors(trained),
                 trained.item_table,
                 trained.head,
                 layers,
                 item_propagation=of_items,
             )
-        predicted, more = prediction_step(
-            state,
-            trained,
-            shards,
-            delegates,
-            t,
-            monitored=monitored,
-            streams=streams,
-            predictor=kind,
-            discount=discount,
-            discount_decay=discount_decay,
-            cv=cv,
-            patience=patience,
-            gate=gate,
-            anchor=anchor,
-            extra_inputs=extra_inputs,
-            n_clusters=n_clusters,
+        return float(logs["loss"])  # patience decides now, so the device is waited for
+
+    predict: Predict | None = None
+    if kind is not None:
+        name = kind
+
+        def predict_others(
+            before: FactorState,
+            trained: FactorState,
+            delegates: NDArray[np.int64],
+            t: int,
+            monitored: float,
+        ) -> tuple[FactorState, Logs]:
+            return prediction_step(
+                before,
+                trained,
+                shards,
+                delegates,
+                t,
+                monitored=monitored,
+                streams=streams,
+                predictor=name,
+                discount=discount,
+                discount_decay=discount_decay,
+                cv=cv,
+                patience=patience,
+                gate=gate,
+                anchor=anchor,
+                extra_inputs=extra_inputs,
+                n_clusters=n_clusters,
+            )
+
+        predict = predict_others
+
+    def train_and_predict(
+        state: FactorState, delegates: NDArray[np.int64], t: int
+    ) -> tuple[FactorState, Logs]:
+        found, logs = fedfnn_step(
+            state, delegates, t, train=train, predict=predict, monitor=monitor
         )
-        return predicted, {**logs, **more}
+        if promised is not None:
+            logs["epsilon"] = promised.epsilons[t - state.first_round]
+        return found, logs
 
     def step(state: FactorState, t: int) -> tuple[FactorState, Logs]:
         def draw(among: NDArray[np.int64] | None, n: int) -> NDArray[np.int64]:
