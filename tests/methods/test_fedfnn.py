@@ -20,7 +20,6 @@ from fedrecsk.methods.fedfnn import prediction_step, public_inputs
 from fedrecsk.methods.meta_network import predict_updates
 from fedrecsk.methods.whole_data_rounds import refit_whole_data
 from tests.methods.factor_rounds import (
-    ADD,
     FEDERATIONS,
     LITERAL,
     N_FACTORS,
@@ -431,9 +430,9 @@ def test_without_a_predictor_the_watch_and_the_log_say_nothing_of_it(step):
 @STEPS
 @pytest.mark.parametrize("predictor", ["linear", "cluster"])
 def test_prediction_sends_nothing(step, predictor):
-    """It happens on the server; of BCE rounds the bytes are those of FedAvg."""
+    """It happens on the server; of plain BCE rounds the bytes are those of FedAvg."""
     plain, more = start(SINGLE), start(SINGLE)
-    fedavg = {"item_weighting": "fedavg", "server_optimizer": ADD} if step is not exact else {}
+    fedavg = {"item_weighting": "fedavg"} if step is bce else {}
     for t in range(2):
         plain, without = step(plain, SINGLE, t, **fedavg)
         more, logs = step(more, SINGLE, t, predictor=predictor, **LITERAL)
