@@ -45,7 +45,7 @@ from _common import (
 from fedrecsk import FedAvgRecommender
 from fedrecsk.engine.mixing import RowSums
 from fedrecsk.engine.shards import ClientShards
-from fedrecsk.estimators import _fedfnn
+from fedrecsk.estimators import _fedfnn_simulation
 from fedrecsk.methods import bce_rounds
 from fedrecsk.models import ncf, sampled_bce, whole_data
 from fedrecsk.models.head import head_layers, head_of
@@ -156,8 +156,8 @@ def watched() -> Iterator[Clock]:
         of = classmethod(clock.timed("gather", PrivateRows.of.__func__))  # type: ignore[attr-defined]
         stack.enter_context(mock.patch.object(PrivateRows, "of", of))
         for name in ("bce_step", "whole_data_step"):
-            step = clock.round_of(getattr(_fedfnn, name))
-            stack.enter_context(mock.patch.object(_fedfnn, name, step))
+            step = clock.round_of(getattr(_fedfnn_simulation, name))
+            stack.enter_context(mock.patch.object(_fedfnn_simulation, name, step))
         yield clock
 
 

@@ -20,8 +20,8 @@ from fedrecsk.estimators._fedfnn import (
     FACTOR_CONSTRAINTS,
     PREDICTION_CONSTRAINTS,
     factor_probability,
-    simulate_fedfnn,
 )
+from fedrecsk.estimators._fedfnn_simulation import simulate_fedfnn
 from fedrecsk.estimators._sklearn import Constraints
 from fedrecsk.methods.bce_rounds import ItemWeighting
 

@@ -58,6 +58,8 @@ Train = Callable[[FactorState, NDArray[np.int64], int], tuple[FactorState, Logs]
 Predict = Callable[
     [FactorState, FactorState, NDArray[np.int64], int, float], tuple[FactorState, Logs]
 ]
+# ``monitor(trained, logs) -> float``: what patience wants to fall.
+Monitor = Callable[[FactorState, Logs], float]
 
 
 def fedfnn_step(
@@ -67,7 +69,7 @@ def fedfnn_step(
     *,
     train: Train,
     predict: Predict | None,
-    monitor: Callable[[FactorState, Logs], float],
+    monitor: Monitor,
 ) -> tuple[FactorState, Logs]:
     """Train the delegates, then predict the subordinates.
 
@@ -83,7 +85,7 @@ def fedfnn_step(
     predict : callable or None
         See `Predict`; None is a method without prediction.
     monitor : callable
-        ``monitor(trained, logs) -> float``: what patience wants to fall.
+        See `Monitor`.
 
     Returns
     -------

@@ -119,7 +119,7 @@ def test_the_last_good_state_is_kept_if_no_upload_of_a_round_can_be_used(split, 
             broken.clear()  # the refit at the end is on good devices
 
     monkeypatch.setattr(whole_data, "solve_users", fails)
-    monkeypatch.setattr("fedrecsk.estimators._fedfnn.whole_data_step", step)
+    monkeypatch.setattr("fedrecsk.estimators._fedfnn_simulation.whole_data_step", step)
     model = clone(KINDS["fedfnn"])
     with pytest.raises(NoUsableUploadError, match="round 4: the uploads of all 100") as caught:
         model.fit(split[0])
