@@ -31,6 +31,8 @@ from fedrecsk.engine.sampling import cohort_size, uniform_cohort
 from fedrecsk.engine.shards import ClientShards
 from fedrecsk.engine.streams import Streams
 from fedrecsk.methods import fedfnn
+from fedrecsk.methods.bce_rounds import bce_step
+from fedrecsk.methods.factor_state import FactorState
 from fedrecsk.methods.meta_network import predict_updates
 from fedrecsk.metrics import evaluate
 from fedrecsk.model_selection import PerUserHoldout
@@ -351,7 +353,7 @@ class Oracle(FedFNNRecommender):
             init_scale=INIT_SCALE, streams=streams, device=shards.device,
         )  # fmt: skip
         server = Optimizer("sgd", 1.0)
-        state = fedfnn.FactorState.start(users, table, server, n_clients=data.n_clients)
+        state = FactorState.start(users, table, server, n_clients=data.n_clients)
         history = []
         for t in range(self.n_rounds):
             start = time.perf_counter()
@@ -369,12 +371,12 @@ class Oracle(FedFNNRecommender):
 
     def _round(
         self,
-        state: fedfnn.FactorState,
+        state: FactorState,
         shards: ClientShards,
         t: int,
         streams: Streams,
         server: Optimizer,
-    ) -> fedfnn.FactorState:
+    ) -> FactorState:
         """Train the delegates and aggregate, then give all others their true changes."""
         size = cohort_size(self.clients_per_round, shards.n_clients)
         delegates = uniform_cohort(shards.n_clients, size, streams.numpy("sampling", t))
@@ -384,7 +386,7 @@ class Oracle(FedFNNRecommender):
             "l2": float(self.l2),
             **LOCAL,
         }
-        trained, _ = fedfnn.bce_step(
+        trained, _ = bce_step(
             state, shards, delegates, t,
             streams=streams, item_weighting="count", server_optimizer=server, **local,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 Matrix factorisation with 32 factors; in a round every client makes one epoch of SGD over its
 interactions and 4 negatives for each. One process, one thread, contenders timed in turn.
 
-- engine: `fedrecsk.methods.fedfnn.bce_step` with mini-batches of 64 examples or of all that a
+- engine: `fedrecsk.methods.bce_rounds.bce_step` with mini-batches of 64 examples or of all that a
   client has. It draws its negatives within the time; of the others only the tutorial loop does.
 - tutorial loop: clients one after another, written as tutorials have it: a deep copy of the
   model, negatives drawn with NumPy, a `DataLoader`, autograd, `torch.optim.SGD`, and an average
@@ -54,7 +54,9 @@ from fedrecsk.data.interactions import encode, read_columns
 from fedrecsk.engine.local import Optimizer
 from fedrecsk.engine.shards import ClientShards
 from fedrecsk.engine.streams import Streams
-from fedrecsk.methods.fedfnn import FactorState, bce_step, whole_data_step
+from fedrecsk.methods.bce_rounds import bce_step
+from fedrecsk.methods.factor_state import FactorState
+from fedrecsk.methods.whole_data_rounds import whole_data_step
 from fedrecsk.models import sampled_bce, whole_data
 from fedrecsk.models.factors import random_factors
 

@@ -47,7 +47,9 @@ from fedrecsk.engine.device import resolve_device
 from fedrecsk.engine.local import Optimizer
 from fedrecsk.engine.shards import ClientShards
 from fedrecsk.engine.streams import Streams
-from fedrecsk.methods.fedfnn import FactorState, bce_step, whole_data_step
+from fedrecsk.methods.bce_rounds import bce_step
+from fedrecsk.methods.factor_state import FactorState
+from fedrecsk.methods.whole_data_rounds import whole_data_step
 from fedrecsk.models import whole_data
 from fedrecsk.models.factors import random_factors
 

@@ -45,8 +45,8 @@ from _common import (
 from fedrecsk import FedAvgRecommender
 from fedrecsk.engine.mixing import RowSums
 from fedrecsk.engine.shards import ClientShards
-from fedrecsk.estimators import _fedfnn
-from fedrecsk.methods import fedfnn
+from fedrecsk.estimators import _fedfnn_simulation
+from fedrecsk.methods import bce_rounds
 from fedrecsk.models import ncf, sampled_bce, whole_data
 from fedrecsk.models.head import head_layers, head_of
 from fedrecsk.models.private_rows import PrivateRows
@@ -140,9 +140,9 @@ def watched() -> Iterator[Clock]:
         (whole_data, "user_sums", "scatter"),
         (whole_data, "server_step", "server step"),
         (RowSums, "add", "scatter"),
-        (fedfnn, "_row_weights", "scatter"),
-        (fedfnn, "weighted_mean", "server step"),
-        (fedfnn, "apply_gradients", "server step"),
+        (bce_rounds, "_row_weights", "scatter"),
+        (bce_rounds, "weighted_mean", "server step"),
+        (bce_rounds, "apply_gradients", "server step"),
         (ClientShards, "_cut", "gather"),
         (ClientShards, "_by_size", "gather"),
     ]
@@ -156,8 +156,8 @@ def watched() -> Iterator[Clock]:
         of = classmethod(clock.timed("gather", PrivateRows.of.__func__))  # type: ignore[attr-defined]
         stack.enter_context(mock.patch.object(PrivateRows, "of", of))
         for name in ("bce_step", "whole_data_step"):
-            step = clock.round_of(getattr(_fedfnn, name))
-            stack.enter_context(mock.patch.object(_fedfnn, name, step))
+            step = clock.round_of(getattr(_fedfnn_simulation, name))
+            stack.enter_context(mock.patch.object(_fedfnn_simulation, name, step))
         yield clock
 
 

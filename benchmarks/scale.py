@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from fedrecsk import FedFNNRecommender
 from fedrecsk.engine.rounds import run_rounds
-from fedrecsk.estimators import _factors, _fedfnn
+from fedrecsk.estimators import _factors, _fedfnn_simulation
 
 SCRIPT = "scale"
 VARIED = ("clients", "items", "cohort", "d")
@@ -160,7 +160,7 @@ class Watch:
 @contextmanager
 def watched() -> Iterator[Watch]:
     """Watch the rounds of a fit, in seconds of the processor."""
-    watch, draw = Watch(), _fedfnn.draw_delegates
+    watch, draw = Watch(), _fedfnn_simulation.draw_delegates
 
     def noted(state: Any, shards: Any, *rest: Any) -> NDArray[np.int64]:
         delegates = draw(state, shards, *rest)
@@ -180,7 +180,7 @@ def watched() -> Iterator[Watch]:
         return result
 
     with (
-        patch.object(_fedfnn, "draw_delegates", noted),
+        patch.object(_fedfnn_simulation, "draw_delegates", noted),
         patch.object(_factors, "run_rounds", timed),
     ):
         yield watch

@@ -387,10 +387,10 @@ def test_clock_books_seconds_where_they_are_spent(monkeypatch):
 
 
 def test_round_profile_runs_and_leaves_the_library_as_it_was(only_tiny, tmp_path, capsys):
-    before = dict(vars(round_profile.fedfnn)), round_profile.torch.Tensor.index_select
+    before = dict(vars(round_profile.bce_rounds)), round_profile.torch.Tensor.index_select
     out = tmp_path / "x.json"
     assert round_profile.main(["--quick", "--out", str(out)]) == 0
-    assert (dict(vars(round_profile.fedfnn)), round_profile.torch.Tensor.index_select) == before
+    assert (dict(vars(round_profile.bce_rounds)), round_profile.torch.Tensor.index_select) == before
     report = json.loads(out.read_text())
     models = report["data"]["tiny"]["models"]
     assert list(models) == list(round_profile.MODELS)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -223,6 +224,37 @@ def add_uploads(uploads: Uploads, n_items: int) -> UploadSums:
         weight=uploads.weights.sum(),
         clients=uploads.clients,
     )
+
+
+def as_sent(logs: dict[str, Any], received: UploadSums | None) -> dict[str, Any]:
+    """Put in the bytes of an uplink through which clients send something else than their rows.
+
+    Parameters
+    ----------
+    logs : dict
+        Of a round, with ``bytes_up`` and ``bytes_down`` of rows and numbers as they are.
+    received : UploadSums or None
+        What the uplink has made of them, if there was one.
+
+    Returns
+    -------
+    dict
+        The same `logs` where nothing else was sent.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from fedrecsk.engine.uploads import UploadSums, as_sent
+    >>> nothing = torch.zeros(0)
+    >>> masked = UploadSums(
+    ...     nothing, nothing, nothing, nothing, np.arange(2), bytes_up=90, bytes_down=20)
+    >>> as_sent({"bytes_up": 60, "bytes_down": 400}, masked)
+    {'bytes_up': 90, 'bytes_down': 420}
+    """
+    if received is None or received.bytes_up is None:
+        return logs
+    more = {"bytes_up": received.bytes_up, "bytes_down": logs["bytes_down"] + received.bytes_down}
+    return {**logs, **more}
 
 
 def screen(uploads: Uploads) -> Uploads:

@@ -20,16 +20,12 @@ from fedrecsk.engine.privacy import PrivacyName
 from fedrecsk.engine.traffic import sparse_row_bytes
 from fedrecsk.estimators._base import SHARED_CONSTRAINTS, Attributes, BaseRecommender, RoundWatch
 from fedrecsk.estimators._factors import score_factor_items, score_factor_pairs
-from fedrecsk.estimators._fedfnn import (
-    FACTOR_CONSTRAINTS,
-    ModelName,
-    factor_probability,
-    simulate_fedfnn,
-)
+from fedrecsk.estimators._fedfnn import FACTOR_CONSTRAINTS, factor_probability
+from fedrecsk.estimators._fedfnn_simulation import ModelName, simulate_fedfnn
 from fedrecsk.estimators._privacy import PRIVACY_CONSTRAINTS
 from fedrecsk.estimators._sklearn import Constraints
 from fedrecsk.estimators._uplink import SecureAggregation
-from fedrecsk.methods.fedfnn import SamplingName
+from fedrecsk.methods.factor_state import SamplingName
 
 
 class FedAvgRecommender(BaseRecommender):

@@ -29,13 +29,8 @@ from fedrecsk.estimators._factors import (
     take_over,
     times_sampled_before,
 )
-from fedrecsk.estimators._fedfnn import (
-    AUTO_INIT_SCALE,
-    FACTOR_CONSTRAINTS,
-    ModelName,
-    check_objective,
-    factor_probability,
-)
+from fedrecsk.estimators._fedfnn import FACTOR_CONSTRAINTS, factor_probability
+from fedrecsk.estimators._fedfnn_simulation import AUTO_INIT_SCALE, ModelName, check_objective
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
 from fedrecsk.methods.centralized import CentralState, Logs, bce_pass, solved, whole_data_sweep
 from fedrecsk.models import whole_data

@@ -28,7 +28,7 @@ from fedrecsk.estimators._base import (
     check_somebody_delivered,
 )
 from fedrecsk.exceptions import NoUsableUploadError
-from fedrecsk.methods.fedfnn import FactorState, Logs, served_factors
+from fedrecsk.methods.factor_state import FactorState, Logs, served_factors
 from fedrecsk.metrics.ranking import hits_of, ndcg_from_hits, top_k
 from fedrecsk.models import ncf
 from fedrecsk.models.ego_graph import EgoGraphs
@@ -176,7 +176,7 @@ def fit_factors(
         ``refit(state, clients) -> user vectors``: what users do on their own devices
         before inference.
     n_factors, item_bias, init_scale, server_optimizer, head
-        Of the start, see `fedrecsk.methods.fedfnn`.
+        Of the start, see `FactorState.start`.
     n_graph_layers : int
         Over which a network's inputs are propagated.
     item_propagation : bool

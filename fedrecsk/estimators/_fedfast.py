@@ -20,10 +20,10 @@ from fedrecsk.estimators._fedfnn import (
     FACTOR_CONSTRAINTS,
     PREDICTION_CONSTRAINTS,
     factor_probability,
-    simulate_fedfnn,
 )
+from fedrecsk.estimators._fedfnn_simulation import simulate_fedfnn
 from fedrecsk.estimators._sklearn import Constraints
-from fedrecsk.methods.fedfnn import ItemWeighting
+from fedrecsk.methods.bce_rounds import ItemWeighting
 
 # Whole-data parameters and the choice of a model or of the sampling have no place in FedFast.
 BCE_CONSTRAINTS: Constraints = {

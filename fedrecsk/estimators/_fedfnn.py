@@ -1,88 +1,36 @@
-"""The estimator around `fedrecsk.methods.fedfnn`."""
+"""The estimator around `fedrecsk.methods.fedfnn`; its rounds are in `_fedfnn_simulation`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedrecsk.data.interactions import Interactions
 from fedrecsk.engine.accounting import AccountantName
 from fedrecsk.engine.attacks import AttackName
 from fedrecsk.engine.compression import CompressionName
 from fedrecsk.engine.defences import DefenceName
-from fedrecsk.engine.device import resolve_device, torch_threads
-from fedrecsk.engine.local import Optimizer, OptimizerName
-from fedrecsk.engine.participation import Availability, ClientSeconds, read_participation
+from fedrecsk.engine.local import OptimizerName
+from fedrecsk.engine.participation import Availability, ClientSeconds
 from fedrecsk.engine.privacy import PrivacyName
-from fedrecsk.engine.sampling import cohort_size
-from fedrecsk.engine.shards import CPU_CHUNK_ROWS
-from fedrecsk.engine.streams import Streams
-from fedrecsk.engine.uplink import Uplink
 from fedrecsk.estimators._base import SHARED_CONSTRAINTS, Attributes, BaseRecommender, RoundWatch
-from fedrecsk.estimators._factors import (
-    fit_factors,
-    hold_out,
-    logistic,
-    make_shards,
-    score_factor_items,
-    score_factor_pairs,
+from fedrecsk.estimators._factors import logistic, score_factor_items, score_factor_pairs
+from fedrecsk.estimators._fedfnn_simulation import (
+    ModelName,
+    Objective,
+    ServerOptimizerName,
+    simulate_fedfnn,
 )
-from fedrecsk.estimators._privacy import (
-    NOTHING_PROMISED,
-    PRIVACY_CONSTRAINTS,
-    check_private,
-    promise,
-    rounds_of,
-)
+from fedrecsk.estimators._privacy import PRIVACY_CONSTRAINTS
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
-from fedrecsk.estimators._uplink import (
-    UPLINK_CONSTRAINTS,
-    SecureAggregation,
-    check_sums_suffice,
-    distrust,
-)
-from fedrecsk.methods.fedfnn import (
-    FactorState,
-    ItemWeighting,
-    Logs,
-    SamplingName,
-    bce_download,
-    bce_step,
-    draw_delegates,
-    prediction_step,
-    refit_bce,
-    refit_whole_data,
-    served_factors,
-    whole_data_download,
-    whole_data_step,
-)
+from fedrecsk.estimators._uplink import UPLINK_CONSTRAINTS, SecureAggregation
+from fedrecsk.methods.bce_rounds import ItemWeighting
+from fedrecsk.methods.factor_state import SamplingName
 from fedrecsk.methods.meta_network import PredictorName
-from fedrecsk.models import whole_data
-from fedrecsk.models.head import Head, init_head
-
-ModelName = Literal["mf", "ncf", "lightgcn"]
-
-ServerOptimizerName = OptimizerName | Literal["auto", "newton"]
-
-# What "auto" stands for, by objective; chosen in pilots, see benchmarks.
-AUTO_BCE_L2 = {"newton": 0.02, "plain": 0.01}
-AUTO_INIT_SCALE = {"whole-data": 0.01, "bce": 0.1}
-# Of networks, by optimiser. Adam on the server wants the sum of the clients' plain gradients, and
-# a server that adds changes wants clients that make some way on their own.
-AUTO_NETWORK_RATE = {"sgd": 0.3, "momentum": 0.03, "adam": 0.01}
-AUTO_ADAM_SERVER_RATE = {"mf": 0.05, "ncf": 0.1, "lightgcn": 0.1}
-# What is logged of a round in which nobody takes part.
-NOBODY: Logs = {"loss": None, "clients": 0, "rejected": 0, "bytes_down": 0, "bytes_up": 0}
-# Descent steps of a refit with objective="bce".
-REFIT_STEPS = 20
-# Decay of the server's running averages in quasi-Newton steps.
-STATISTICS_DECAY = 0.9
 
 FACTOR_CONSTRAINTS: Constraints = {
     **SHARED_CONSTRAINTS,
@@ -422,7 +370,7 @@ default="gradient"
         self,
         n_factors: int = 32,
         *,
-        objective: Literal["whole-data", "bce"] = "whole-data",
+        objective: Objective = "whole-data",
         model: ModelName = "mf",
         n_rounds: int = 40,
         clients_per_round: int | float = 0.2,
@@ -638,9 +586,7 @@ default="gradient"
         return factor_probability(scores, self.objective)
 
 
-def factor_probability(
-    scores: NDArray[np.float64], objective: Literal["whole-data", "bce"]
-) -> NDArray[np.float64]:
+def factor_probability(scores: NDArray[np.float64], objective: Objective) -> NDArray[np.float64]:
     """Turn scores of a factor model into probabilities, keeping their order.
 
     With ``"bce"`` a score is a log-odds. The whole-data objective fits 1 to interactions and 0
@@ -648,399 +594,3 @@ def factor_probability(
     logistic curve of slope 1 through (1/2, 1/2) bends it back without making ties.
     """
     return logistic(scores if objective == "bce" else 4.0 * (scores - 0.5))
-
-
-def check_objective(model: ModelName, objective: Literal["whole-data", "bce"]) -> None:
-    """Refuse to solve a network exactly."""
-    if model != "mf" and objective == "whole-data":
-        raise ValueError(
-            f'model="{model}" needs objective="bce": only a linear model can be solved for.'
-        )
-
-
-def simulate_fedfnn(
-    data: Interactions,
-    watch: RoundWatch,
-    *,
-    previous: Attributes | None,
-    n_factors: int,
-    objective: Literal["whole-data", "bce"],
-    model: ModelName,
-    n_rounds: int,
-    clients_per_round: int | float,
-    sampling: SamplingName,
-    availability: Availability,
-    dropout_rate: float,
-    client_seconds: ClientSeconds,
-    deadline: float | None,
-    over_selection: float,
-    local_epochs: int,
-    learning_rate: float | Literal["auto"],
-    batch_size: int | Literal["auto"] | None,
-    n_negatives: int,
-    l2: float | Literal["auto"],
-    l2_exponent: float,
-    unobserved_weight: float | Literal["auto"],
-    item_curvature: bool,
-    init_scale: float | Literal["auto"],
-    optimizer: OptimizerName | Literal["auto"],
-    item_weighting: ItemWeighting,
-    item_bias: bool,
-    n_graph_layers: int,
-    item_propagation: bool,
-    server_optimizer: ServerOptimizerName,
-    server_learning_rate: float | Literal["auto"],
-    predictor: PredictorName | None,
-    discount: float,
-    discount_decay: float,
-    n_clusters: int,
-    cv: int,
-    patience: int,
-    patience_on: Literal["loss", "ndcg"],
-    gate: bool,
-    anchor: bool,
-    extra_inputs: bool,
-    refit: bool,
-    defence: DefenceName | None,
-    assumed_malicious: float,
-    clip_quantile: float,
-    malicious_fraction: float,
-    attack: AttackName,
-    attack_strength: float,
-    target_item: Any,
-    compression: CompressionName | None,
-    compression_level: float | Literal["auto"],
-    error_feedback: bool,
-    secure_aggregation: SecureAggregation,
-    secure_bits: int,
-    privacy: PrivacyName | None,
-    noise_multiplier: float | Literal["auto"],
-    clip_norm: float | Literal["auto"],
-    target_epsilon: float | None,
-    delta: float | Literal["auto"],
-    accountant: AccountantName | Literal["auto"],
-    early_stopping: bool,
-    validation_fraction: float,
-    n_iter_no_change: int,
-    tol: float,
-    device: str,
-    random_state: int | np.random.RandomState | None,
-) -> Attributes:
-    """Resolve "auto", bind the parameters of a round, and run the rounds.
-
-    Parameters
-    ----------
-    data, watch
-        See `BaseRecommender._simulate`.
-    previous : dict or None
-        Fitted attributes to go on from.
-    n_factors, ..., random_state
-        As in `FedFNNRecommender`.
-
-    Returns
-    -------
-    dict
-        Fitted attributes.
-    """
-    check_objective(model, objective)
-    layers = n_graph_layers if model == "lightgcn" else 0
-    of_items = bool(item_propagation) and model == "lightgcn"
-    if server_optimizer == "auto" and model != "mf":
-        server_optimizer = "adam"
-    streams = Streams.from_random_state(random_state)
-    sizes = len(data), data.n_users, data.n_items
-    scale = AUTO_INIT_SCALE[objective] if init_scale == "auto" else float(init_scale)
-    # A refit replaces every vector that was only predicted before it is read; predictions that
-    # training starts from leave their traces.
-    kind = None if refit and (objective == "whole-data" or anchor) else predictor
-    if secure_aggregation:
-        check_sums_suffice(
-            defence=defence,
-            compression=compression,
-            predicts=kind is not None,
-            sampling=sampling,
-        )
-    rows: NDArray[np.bool_] | slice = slice(None)
-    validation = None
-    if early_stopping or (kind is not None and patience_on == "ndcg"):
-        rows, validation = hold_out(data, validation_fraction, streams)
-    around = distrust(
-        data,
-        streams,
-        defence=defence,
-        assumed_malicious=assumed_malicious,
-        clip_quantile=clip_quantile,
-        malicious_fraction=malicious_fraction,
-        attack=attack,
-        attack_strength=attack_strength,
-        target_item=target_item,
-        compression=compression,
-        compression_level=compression_level,
-        error_feedback=error_feedback,
-        secure_aggregation=secure_aggregation,
-        secure_bits=secure_bits,
-    )
-    shards = make_shards(around.data, rows, resolve_device(device))
-    size = cohort_size(clients_per_round, data.n_clients)
-    participation = read_participation(
-        data.clients.ids,
-        shards.client_rows,
-        availability=availability,
-        dropout_rate=dropout_rate,
-        client_seconds=client_seconds,
-        deadline=deadline,
-        over_selection=over_selection,
-        local_epochs=local_epochs if objective == "bce" else 1,
-        streams=streams,
-    )
-    promised = None
-    if privacy is not None:
-        check_private(
-            defence=defence,
-            early_stopping=early_stopping,
-            sampling=sampling,
-            predictor=kind,
-            objective=objective,
-            item_weighting=item_weighting,
-            unreliable=participation is not None,
-            compression=compression,
-            secure_aggregation=bool(secure_aggregation),
-        )
-        promised = promise(
-            streams,
-            privacy=privacy,
-            noise_multiplier=noise_multiplier,
-            clip_norm=clip_norm,
-            target_epsilon=target_epsilon,
-            delta=delta,
-            accountant=accountant,
-            sampling=sampling,
-            cohort=size,
-            n_clients=data.n_clients,
-            n_rounds=n_rounds,
-            previous=previous,
-        )
-    uplink = around.uplink
-    if promised is not None:
-        uplink = replace(uplink or Uplink(), privacy=promised.privacy)
-    bias = item_bias and objective == "bce"
-    local, examples_per_step = _local(model, optimizer, learning_rate, batch_size, server_optimizer)
-    server = _server(
-        server_optimizer,
-        server_learning_rate,
-        model,
-        newton_fits=model == "mf"
-        and local.name == "sgd"
-        and item_weighting == "count"
-        and data.n_clients == data.n_users,
-    )
-    if l2 != "auto":
-        penalty_strength = float(l2)
-    elif objective == "whole-data":
-        penalty_strength = whole_data.default_l2(*sizes)
-    else:
-        penalty_strength = AUTO_BCE_L2["newton" if server is None else "plain"]
-    # Nobody asks for an earlier state: neither a predictor, nor early stopping for the best one.
-    in_place = kind is None and not early_stopping
-    head: Head = {}
-    if model != "mf":
-        head = init_head(n_factors, streams=streams, device=shards.device)
-
-    download = bce_download if objective == "bce" else whole_data_download
-    if objective == "bce":
-        forgetting = None
-        if server is None and server_learning_rate != "auto":
-            forgetting = min(1.0, float(server_learning_rate))
-
-        def train(
-            state: FactorState, delegates: NDArray[np.int64], t: int
-        ) -> tuple[FactorState, Logs]:
-            return bce_step(
-                state,
-                shards,
-                delegates,
-                t,
-                streams=streams,
-                item_weighting=item_weighting,
-                item_bias=bias,
-                n_graph_layers=layers,
-                item_propagation=of_items,
-                n_negatives=n_negatives,
-                batch_size=examples_per_step,
-                local_epochs=local_epochs,
-                optimizer=local,
-                l2=penalty_strength,
-                server_optimizer=server,
-                forgetting=forgetting,
-                decay=STATISTICS_DECAY,
-                uplink=uplink,
-                in_place=in_place,
-            )
-
-        def fit_users(state: FactorState, clients: NDArray[np.int64]) -> Tensor:
-            return refit_bce(
-                state,
-                shards,
-                clients,
-                item_bias=bias,
-                n_graph_layers=layers,
-                item_propagation=of_items,
-                n_negatives=n_negatives,
-                n_steps=REFIT_STEPS,
-                l2=penalty_strength,
-                streams=streams,
-            )
-
-    else:
-        weight = (
-            whole_data.default_unobserved_weight(*sizes)
-            if unobserved_weight == "auto"
-            else float(unobserved_weight)
-        )
-        penalty = whole_data.Penalty(penalty_strength, l2_exponent)
-
-        def train(
-            state: FactorState, delegates: NDArray[np.int64], t: int
-        ) -> tuple[FactorState, Logs]:
-            return whole_data_step(
-                state,
-                shards,
-                delegates,
-                t,
-                unobserved_weight=weight,
-                penalty=penalty,
-                server_learning_rate=None
-                if server_learning_rate == "auto"
-                else float(server_learning_rate),
-                decay=STATISTICS_DECAY,
-                item_curvature=item_curvature,
-                uplink=uplink,
-                in_place=in_place,
-            )
-
-        def fit_users(state: FactorState, clients: NDArray[np.int64]) -> Tensor:
-            return refit_whole_data(
-                state,
-                shards,
-                clients,
-                unobserved_weight=weight,
-                penalty=penalty,
-                mean_rows=len(shards.items) / shards.n_users,
-            )
-
-    def train_and_predict(
-        state: FactorState, delegates: NDArray[np.int64], t: int
-    ) -> tuple[FactorState, Logs]:
-        trained, logs = train(state, delegates, t)
-        if promised is not None:
-            logs["epsilon"] = promised.epsilons[t - state.first_round]
-        if kind is None:
-            return trained, logs
-        monitored = float(logs["loss"])  # patience decides now, so the device is waited for
-        if patience_on == "ndcg" and validation is not None:
-            monitored = -validation.ndcg(
-                served_factors(trained),
-                trained.item_table,
-                trained.head,
-                layers,
-                item_propagation=of_items,
-            )
-        predicted, more = prediction_step(
-            state,
-            trained,
-            shards,
-            delegates,
-            t,
-            monitored=monitored,
-            streams=streams,
-            predictor=kind,
-            discount=discount,
-            discount_decay=discount_decay,
-            cv=cv,
-            patience=patience,
-            gate=gate,
-            anchor=anchor,
-            extra_inputs=extra_inputs,
-            n_clusters=n_clusters,
-        )
-        return predicted, {**logs, **more}
-
-    def step(state: FactorState, t: int) -> tuple[FactorState, Logs]:
-        def draw(among: NDArray[np.int64] | None, n: int) -> NDArray[np.int64]:
-            return draw_delegates(state, shards, n, t, sampling, n_clusters, streams, among)
-
-        if participation is None:
-            delegates = draw(None, size)
-            if not len(delegates) and promised is None:  # which happens with "poisson"
-                return state, dict(NOBODY)
-            return train_and_predict(state, delegates, t)
-        turnout = participation.of_round(t, size, draw)
-        sent = len(turnout.asked) * download(state)
-        after, logs = turnout.train(state, lambda chosen: train_and_predict(state, chosen, t), sent)
-        turns, missed = turnout.turns_after(after.turns, state.missed)
-        return replace(after, turns=turns, missed=missed), logs
-
-    with torch_threads(CPU_CHUNK_ROWS * n_factors):
-        fitted = fit_factors(
-            data,
-            watch,
-            step=step,
-            refit=fit_users if refit else None,
-            n_factors=n_factors,
-            item_bias=bias,
-            init_scale=scale,
-            server_optimizer=server,
-            head=head,
-            n_graph_layers=layers,
-            item_propagation=of_items,
-            n_rounds=rounds_of(promised, n_rounds),
-            validation=validation if early_stopping else None,
-            shards=shards,
-            n_iter_no_change=n_iter_no_change,
-            tol=tol,
-            streams=streams,
-            previous=previous,
-        )
-    cost = NOTHING_PROMISED if promised is None else promised.fitted(len(fitted["history_"]))
-    return {**fitted, **around.fitted, **cost}
-
-
-def _local(
-    model: ModelName,
-    optimizer: OptimizerName | Literal["auto"],
-    rate: float | Literal["auto"],
-    batch_size: int | Literal["auto"] | None,
-    server: ServerOptimizerName,
-) -> tuple[Optimizer, int | None]:
-    """Resolve the clients' optimiser and examples in a step, which depend on the server's."""
-    plain = model == "mf" or server == "adam"
-    if optimizer == "auto":
-        optimizer = "sgd" if plain else "adam"
-    if rate == "auto":
-        rate = 0.1 if model == "mf" else AUTO_NETWORK_RATE[optimizer]
-    if batch_size == "auto":
-        # A step of LightGCN propagates over all of a client's positives.
-        batch_size = 64 if model == "mf" or (model == "ncf" and not plain) else None
-    return Optimizer(optimizer, float(rate)), batch_size
-
-
-def _server(
-    name: ServerOptimizerName,
-    rate: float | Literal["auto"],
-    model: ModelName,
-    *,
-    newton_fits: bool,
-) -> Optimizer | None:
-    """Resolve the server's optimiser; None is the quasi-Newton step."""
-    if name == "newton" and not newton_fits:
-        raise ValueError(
-            'server_optimizer="newton" needs model="mf", optimizer="sgd", item_weighting="count" '
-            "and one user per client: only then the clients' changes add up to a gradient. "
-            "Use another one."
-        )
-    if name == "newton" or (name == "auto" and newton_fits):
-        return None
-    plain: OptimizerName = "sgd" if name == "auto" else name
-    if rate == "auto":
-        rate = {"sgd": 1.0, "momentum": 0.05, "adam": AUTO_ADAM_SERVER_RATE[model]}[plain]
-    return Optimizer(plain, float(rate))

@@ -24,7 +24,7 @@ from fedrecsk.engine.sampling import poisson_cohort, uniform_cohort
 from fedrecsk.engine.streams import Streams
 from fedrecsk.estimators._base import Attributes
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
-from fedrecsk.methods.fedfnn import SamplingName
+from fedrecsk.methods.factor_state import SamplingName
 
 PRIVACY_CONSTRAINTS: Constraints = {
     "privacy": [StrOptions({"central", "local"}), None],

@@ -1,4 +1,4 @@
-"""What the delegates of a round of `fedrecsk.methods.fedfnn.bce_step` send, added up.
+"""What the delegates of a round of `fedrecsk.methods.bce_rounds.bce_step` send, added up.
 
 There are two ways to the same sums. `DelegateSums.add` adds the private rows of a chunk of clients
 as they lie, which is all that a federation of honest clients needs. `uploads_of` lays them out

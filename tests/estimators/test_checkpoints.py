@@ -185,9 +185,9 @@ KILLED = """
 import time
 import numpy as np
 from fedrecsk import FedFNNRecommender
-from fedrecsk.estimators import _fedfnn
+from fedrecsk.estimators import _fedfnn_simulation
 
-step = _fedfnn.whole_data_step
+step = _fedfnn_simulation.whole_data_step
 
 def stuck(state, shards, delegates, t, **parameters):
     found = step(state, shards, delegates, t, **parameters)
@@ -196,7 +196,7 @@ def stuck(state, shards, delegates, t, **parameters):
         time.sleep(600)
     return found
 
-_fedfnn.whole_data_step = stuck
+_fedfnn_simulation.whole_data_step = stuck
 FedFNNRecommender(**{parameters!r}).fit(np.array({rows!r}))
 """
 

@@ -15,7 +15,7 @@ from fedrecsk import (
 )
 from fedrecsk.datasets import make_interactions
 from fedrecsk.engine.participation import SPREAD
-from fedrecsk.estimators import _fedfnn, _hetefedrec
+from fedrecsk.estimators import _fedfnn_simulation, _hetefedrec
 from fedrecsk.model_selection import PerUserHoldout
 from fedrecsk.plotting import ConvergenceDisplay
 
@@ -115,7 +115,7 @@ def test_only_those_who_deliver_are_trained(name, obvious, monkeypatch, assert_s
         return np.flatnonzero(odd_in_odd_rounds(t + 1, np.arange(N_CLIENTS)))
 
     monkeypatch.setattr(
-        _fedfnn, "draw_delegates", lambda state, shards, size, t, *_: those_there(t)
+        _fedfnn_simulation, "draw_delegates", lambda state, shards, size, t, *_: those_there(t)
     )
     rounds = iter(range(4))
     monkeypatch.setattr(_hetefedrec, "epoch_cohort", lambda *_: those_there(next(rounds)))

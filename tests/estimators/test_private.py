@@ -8,7 +8,8 @@ from sklearn.base import clone
 
 from fedrecsk import FedAvgRecommender, FedFNNRecommender
 from fedrecsk.datasets import make_interactions
-from fedrecsk.methods import fedfnn
+from fedrecsk.engine.uplink import Uplink
+from fedrecsk.models import whole_data
 
 FAST = {
     "n_factors": 4, "random_state": 0, "device": "cpu", "n_rounds": 4, "sampling": "poisson",
@@ -101,14 +102,14 @@ def test_a_client_of_several_users_is_one_unit(made):
     X = made[0]
     clients = X[:, 0] // 4
     seen = []
-    add = fedfnn.Uplink.release
+    add = Uplink.release
 
     def spy(self, uploads, *arguments, **named):
         seen.append(uploads)
         return add(self, uploads, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fedfnn.Uplink, "release", spy)
+        patch.setattr(Uplink, "release", spy)
         model = fit("whole-data", X, clients)
     assert all(len(set(sent.clients.tolist())) == len(sent.clients) <= 20 for sent in seen)
     assert model.privacy_spent_[0]["clients"] == 20
@@ -228,13 +229,13 @@ def test_a_round_without_clients_leaves_a_plain_fit_and_noises_a_private_one(kin
 
 
 def test_broken_clients_do_not_end_a_private_fit(X, monkeypatch):
-    solve = fedfnn.whole_data.solve_users
+    solve = whole_data.solve_users
 
     def fails(cohort, *arguments, **named):
         found = solve(cohort, *arguments, **named)
         return found * np.nan if len(cohort.users) < 70 else found  # all but the refit
 
-    monkeypatch.setattr(fedfnn.whole_data, "solve_users", fails)
+    monkeypatch.setattr(whole_data, "solve_users", fails)
     model = fit("whole-data", X, n_rounds=2)
     assert [record["rejected"] for record in model.history_] == [
         record["clients"] for record in model.history_

@@ -14,9 +14,10 @@ from fedrecsk import (
     NoUsableUploadError,
 )
 from fedrecsk.datasets import make_interactions
-from fedrecsk.methods import fedfnn
+from fedrecsk.methods.whole_data_rounds import whole_data_step
 from fedrecsk.metrics import exposure_ratio
 from fedrecsk.model_selection import PerUserHoldout
+from fedrecsk.models import whole_data
 
 FAST = {"n_factors": 8, "random_state": 0, "device": "cpu"}
 KINDS = {
@@ -104,7 +105,7 @@ def test_promotions_expose_their_target_and_a_defence_prevents_it(kind, attack, 
 
 
 def test_the_last_good_state_is_kept_if_no_upload_of_a_round_can_be_used(split, monkeypatch):
-    solve, broken = fedfnn.whole_data.solve_users, []
+    solve, broken = whole_data.solve_users, []
 
     def fails(cohort, *arguments, **named):
         found = solve(cohort, *arguments, **named)
@@ -117,9 +118,8 @@ def test_the_last_good_state_is_kept_if_no_upload_of_a_round_can_be_used(split, 
         finally:
             broken.clear()  # the refit at the end is on good devices
 
-    whole_data_step = fedfnn.whole_data_step
-    monkeypatch.setattr(fedfnn.whole_data, "solve_users", fails)
-    monkeypatch.setattr("fedrecsk.estimators._fedfnn.whole_data_step", step)
+    monkeypatch.setattr(whole_data, "solve_users", fails)
+    monkeypatch.setattr("fedrecsk.estimators._fedfnn_simulation.whole_data_step", step)
     model = clone(KINDS["fedfnn"])
     with pytest.raises(NoUsableUploadError, match="round 4: the uploads of all 100") as caught:
         model.fit(split[0])

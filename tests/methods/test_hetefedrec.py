@@ -10,7 +10,9 @@ from fedrecsk.engine.local import Optimizer
 from fedrecsk.engine.rounds import read_logs
 from fedrecsk.engine.sampling import uniform_cohort
 from fedrecsk.engine.streams import Streams
-from fedrecsk.methods import fedfnn
+from fedrecsk.methods import whole_data_rounds
+from fedrecsk.methods.bce_rounds import bce_step
+from fedrecsk.methods.factor_state import FactorState
 from fedrecsk.methods.hetefedrec import distillation_step, network_step
 from fedrecsk.methods.nested_state import (
     NestedState,
@@ -364,7 +366,7 @@ def test_one_size_is_federated_averaging(shards, server, n_graph_layers):
     """Means over all clients' interactions with one size: FedAvg, to rounding."""
     sizes = sizes_for(shards, (4,))
     state = start(shards, sizes, server_optimizer=server)
-    other = fedfnn.FactorState.start(
+    other = FactorState.start(
         state.user_factors,
         state.tables[0],
         server,
@@ -387,7 +389,7 @@ def test_one_size_is_federated_averaging(shards, server, n_graph_layers):
                 alpha=alpha,
                 **local,
             )
-            theirs, expected = fedfnn.bce_step(
+            theirs, expected = bce_step(
                 theirs,
                 shards,
                 cohort(shards, t),
@@ -413,10 +415,10 @@ def test_uniform_owners_of_one_size_are_weighting_by_count(shards):
     found, _ = network(
         state, shards, 1, sizes=sizes, denominator="owners", client_weights="uniform", **ONE
     )
-    other = fedfnn.FactorState.start(
+    other = FactorState.start(
         state.user_factors, state.tables[0], ADD, n_clients=shards.n_clients, head=state.heads[0]
     )
-    expected, _ = fedfnn.bce_step(
+    expected, _ = bce_step(
         other, shards, cohort(shards, 1), 1, streams=STREAMS, item_weighting="count",
         item_bias=True, server_optimizer=ADD, **LOCAL,
     )  # fmt: skip
@@ -428,9 +430,7 @@ def test_uniform_owners_of_one_size_are_weighting_by_count(shards):
 def test_one_size_solves_as_federated_averaging_does(shards, rate):
     sizes = sizes_for(shards, (4,))
     state = start_exact(shards, sizes=sizes)
-    other = fedfnn.FactorState.start(
-        state.user_factors, state.tables[0], ADD, n_clients=shards.n_clients
-    )
+    other = FactorState.start(state.user_factors, state.tables[0], ADD, n_clients=shards.n_clients)
     arguments = {name: value for name, value in EXACT.items()
                  if name not in ("dual_task", "aggregation")}  # fmt: skip
     arguments["server_learning_rate"] = rate
@@ -438,7 +438,9 @@ def test_one_size_solves_as_federated_averaging_does(shards, rate):
         state, logs = exact(
             state, shards, t, sizes=sizes, server_learning_rate=rate, dual_task=True
         )
-        other, expected = fedfnn.whole_data_step(other, shards, cohort(shards, t), t, **arguments)
+        other, expected = whole_data_rounds.whole_data_step(
+            other, shards, cohort(shards, t), t, **arguments
+        )
         for name in ("clients", "bytes_up", "bytes_down"):
             assert logs[name] == expected[name]
         assert logs["loss"] == pytest.approx(float(expected["loss"]))

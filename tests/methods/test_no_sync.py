@@ -19,9 +19,11 @@ from fedrecsk.engine.device import to_device
 from fedrecsk.engine.local import Optimizer
 from fedrecsk.engine.shards import ClientShards
 from fedrecsk.engine.streams import Streams
-from fedrecsk.methods.fedfnn import FactorState, bce_step, draw_delegates, whole_data_step
+from fedrecsk.methods.bce_rounds import bce_step
+from fedrecsk.methods.factor_state import FactorState, draw_delegates
 from fedrecsk.methods.nested_state import NestedState, Sizes
 from fedrecsk.methods.nested_whole_data import whole_data_step as nested_step
+from fedrecsk.methods.whole_data_rounds import whole_data_step
 from fedrecsk.models import whole_data
 from fedrecsk.models.factors import random_factors
 

@@ -11,8 +11,8 @@ from fedrecsk.engine.defences import Defence
 from fedrecsk.engine.local import Optimizer
 from fedrecsk.engine.uplink import Uplink
 from fedrecsk.exceptions import NoUsableUploadError
-from fedrecsk.methods import fedfnn
-from tests.methods.test_fedfnn_steps import (
+from fedrecsk.models import whole_data
+from tests.methods.factor_rounds import (
     SHARED,
     SINGLE,
     STREAMS,
@@ -83,7 +83,7 @@ def test_broken_clients_are_left_out_and_counted(name, shards, through, monkeypa
     assert np.isfinite(logs["loss"])
     # The same round of the others alone, as if nobody else had been asked.
     others = np.setdiff1d(delegates_of(shards, 3), broken)
-    monkeypatch.setattr("tests.methods.test_fedfnn_steps.sampled", lambda *_: others)
+    monkeypatch.setattr("tests.methods.factor_rounds.sampled", lambda *_: others)
     expected, _ = run(name, shards, broken_start(name, shards, users))
     assert_states_close(
         replace(found, times_sampled=expected.times_sampled, turns=expected.turns), expected
@@ -93,14 +93,14 @@ def test_broken_clients_are_left_out_and_counted(name, shards, through, monkeypa
 
 def unsolved(monkeypatch, users):
     """Let the equations of some users have no solution."""
-    solve = fedfnn.whole_data.solve_users
+    solve = whole_data.solve_users
 
     def fails(cohort, *arguments, **named):
         found = solve(cohort, *arguments, **named)
         found[torch.isin(cohort.users, torch.from_numpy(users))] = torch.nan
         return found
 
-    monkeypatch.setattr(fedfnn.whole_data, "solve_users", fails)
+    monkeypatch.setattr(whole_data, "solve_users", fails)
 
 
 @pytest.mark.parametrize("through", [None, Uplink()], ids=["plain", "uplink"])
@@ -111,7 +111,7 @@ def test_clients_that_cannot_be_solved_are_left_out_and_counted(shards, through,
     others = np.setdiff1d(delegates_of(shards, 3), broken)
     before = start(shards)
     with monkeypatch.context() as patch:
-        patch.setattr("tests.methods.test_fedfnn_steps.sampled", lambda *_: others)
+        patch.setattr("tests.methods.factor_rounds.sampled", lambda *_: others)
         expected, _ = run("whole-data", shards)
     unsolved(monkeypatch, users)
     found, logs = run("whole-data", shards, uplink=through)
@@ -139,7 +139,7 @@ def test_clients_that_send_what_is_not_a_number_are_as_if_not_asked(name, shards
     found, logs = run(name, shards, uplink=uplink)
     assert logs["rejected"] == len(liars)
     others = np.setdiff1d(delegates_of(shards, 3), liars)
-    monkeypatch.setattr("tests.methods.test_fedfnn_steps.sampled", lambda *_: others)
+    monkeypatch.setattr("tests.methods.factor_rounds.sampled", lambda *_: others)
     expected, _ = run(name, shards)
     for part in ("item_table", *(("head",) if expected.head else ())):
         ours, theirs = getattr(found, part), getattr(expected, part)
