@@ -975,8 +975,11 @@ def simulate_fedfnn(
                 return state, dict(NOBODY)
             return train_and_predict(state, delegates, t)
         turnout = participation.of_round(t, size, draw)
-        sent = len(turnout.asked) * download(state)
-        after, logs = turnout.train(state, lambda chosen: train_and_predict(state, chosen, t), sent)
+        wasted = len(turnout.failed) * download(state)
+        after, logs = turnout.train(
+            state, lambda chosen: train_and_predict(state, chosen, t), wasted
+        )
+        logs.setdefault("rejected", 0)
         turns, missed = turnout.turns_after(after.turns, state.missed)
         return replace(after, turns=turns, missed=missed), logs
 

@@ -517,23 +517,24 @@ default=None
             if participation is None:
                 return train(state, draw(contributors, n_participants), t)
             turnout = participation.of_round(t, n_participants, draw, contributors)
-            sent = downloads(state, dual_task=dual_task)[sizes.of_client[turnout.asked]]
+            wasted = downloads(state, dual_task=dual_task)[sizes.of_client[turnout.failed]]
             after, logs = turnout.train(
-                state, lambda chosen: train(state, chosen, t), int(sent.sum())
+                state, lambda chosen: train(state, chosen, t), int(wasted.sum())
             )
+            logs.setdefault("rejected", 0)
             turns, missed = turnout.turns_after(after.turns, state.missed)
             return replace(after, turns=turns, missed=missed), logs
 
         def step(state: NestedState, t: int) -> tuple[NestedState, Logs]:
             turns = state.turns[contributors].min()
             state, logs = train_some(state, t)
-            if distills and logs["clients"]:
+            if distills:
                 if self.distill_every == "epoch":
                     due = bool(state.turns[contributors].min() > turns)
                 else:
                     due = (t + 1) % self.distill_every == 0
                 logs["distillation_loss"] = None
-                if due:
+                if due and logs["clients"]:
                     state, more = distillation_step(
                         state,
                         t,
