@@ -983,8 +983,13 @@ def simulate_fedfnn(
         turns, missed = turnout.turns_after(after.turns, state.missed)
         return replace(after, turns=turns, missed=missed), logs
 
+    def besides(n_done: int) -> Attributes:
+        cost = NOTHING_PROMISED if promised is None else promised.fitted(n_done)
+        return {**around.fitted, **cost}
+
+    watch.besides = besides
     with torch_threads(CPU_CHUNK_ROWS * n_factors):
-        fitted = fit_factors(
+        return fit_factors(
             data,
             watch,
             step=step,
@@ -1004,8 +1009,6 @@ def simulate_fedfnn(
             streams=streams,
             previous=previous,
         )
-    cost = NOTHING_PROMISED if promised is None else promised.fitted(len(fitted["history_"]))
-    return {**fitted, **around.fitted, **cost}
 
 
 def _local(

@@ -558,8 +558,9 @@ default=None
             fitted = clients if self.refit else np.intersect1d(clients, bystanders)
             return refit_users(state, shards, fitted, sizes=sizes, fit=fit)
 
+        watch.besides = lambda n_done: around.fitted
         with torch_threads(CPU_CHUNK_ROWS * sizes.widths[-1]):
-            fitted = fit_nested(
+            return fit_nested(
                 data,
                 watch,
                 step=step,
@@ -576,7 +577,6 @@ default=None
                 n_iter_no_change=self.n_iter_no_change,
                 tol=self.tol,
             )
-        return {**fitted, **around.fitted}
 
     def _distrust(self, data: Interactions, streams: Streams) -> Distrust:
         """Draw who is dishonest, and bind what happens to uploads."""

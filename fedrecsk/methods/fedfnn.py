@@ -316,11 +316,11 @@ def bce_step(
     key = streams.key("examples", t)
     client_rows = shards.client_rows
     total_rows = float(max(client_rows[delegates].sum(), 1))
-    user_factors = state.user_factors if in_place else state.user_factors.clone()
     newton = server_optimizer is None
     private = uplink is not None and uplink.privacy is not None
     clip_norms, private_logs = state.clip_norms, Logs()
     sums = DelegateSums(table, state.head, newton=newton)
+    trained: list[tuple[Tensor, Tensor]] = []
     sent: list[tuple[Uploads, Tensor]] = []
     # A GPU would be waited for, unless somebody looks at single uploads anyway.
     looks = uplink is not None or table.device.type == "cpu"
@@ -349,7 +349,7 @@ def bce_step(
             heads = without(heads, broken, state.head)
             sums.leave_out(broken, share)
             share = share.masked_fill(broken, 0.0)
-        user_factors[cohort.users] = result.user_vectors
+        trained.append((cohort.users, result.user_vectors))
         sums.count(result)
         weight = _row_weights(result, item_weighting, cohort, client_rows, total_rows)
         vectors = sampled_bce.with_constant(result.user_vectors, item_bias)
@@ -389,7 +389,7 @@ def bce_step(
     if 0 < len(delegates) == sums.n_broken and not private:
         raise NoUsableUploadError(len(delegates), t)
     heard = 1.0 - sums.broken_share
-    user_factors = fill_rows(user_factors, parts, shards.users_of)
+    user_factors = fill_rows(_written(state, trained, in_place), parts, shards.users_of)
     moments, statistics = state.moments, state.statistics
     if server_optimizer is None:
         rate = forgetting
@@ -566,7 +566,7 @@ def whole_data_step(
     items = state.item_table
     gram = items.T @ items
     mean_user_rows = len(shards.items) / shards.n_users
-    user_factors = state.user_factors if in_place else state.user_factors.clone()
+    trained: list[tuple[Tensor, Tensor]] = []
     total = whole_data.Sums.zero(shards.n_items, items.shape[1], items.device)
     sent: list[tuple[Uploads, Tensor]] = []
     broken: list[NDArray[np.int64]] = []
@@ -585,7 +585,7 @@ def whole_data_step(
             solved = users.isfinite().all(1)
             broken.append(cohort.clients[~solved.cpu().numpy()])
             cohort, users = cohort.of_users(solved), users[solved]
-        user_factors[cohort.users] = users
+        trained.append((cohort.users, users))
         total += whole_data.user_sums(
             cohort, users, items, gram, unobserved_weight=unobserved_weight
         )
@@ -616,7 +616,7 @@ def whole_data_step(
     total = total.of_all_processes()
     if len(delegates) and not total.n_users:
         raise NoUsableUploadError(len(delegates), t)
-    user_factors = fill_rows(user_factors, parts, shards.users_of)
+    user_factors = fill_rows(_written(state, trained, in_place), parts, shards.users_of)
     rate = server_learning_rate
     if rate is None:
         rate = whole_data.default_rate(total.n_users / shards.n_users, t)
@@ -838,6 +838,16 @@ def public_inputs(state: FactorState, shards: ClientShards) -> Tensor:
 def _users(state: FactorState, shards: ClientShards, delegates: NDArray[np.int64]) -> Tensor:
     """Codes of the delegates' users, on the state's device."""
     return to_device(shards.users_of(delegates), state.user_factors.device)
+
+
+def _written(
+    state: FactorState, trained: Sequence[tuple[Tensor, Tensor]], in_place: bool
+) -> Tensor:
+    """Put vectors (U, d) into the users' places, once the round can no longer fail."""
+    user_factors = state.user_factors if in_place else state.user_factors.clone()
+    for users, vectors in trained:
+        user_factors[users] = vectors
+    return user_factors
 
 
 def _counted(

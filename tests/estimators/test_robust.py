@@ -130,6 +130,22 @@ def test_the_last_good_state_is_kept_if_no_upload_of_a_round_can_be_used(split, 
     assert (model.predict(split[1]) == shorter.predict(split[1])).all()
 
 
+@pytest.mark.parametrize("kind", ["fedavg", "fedfnn", "fedfast", "ncf", "hetefedrec", "het ncf"])
+def test_a_state_that_is_kept_is_that_of_the_shorter_fit(kind, split, assert_same_fit):
+    """With all that a fit leaves, and with the vectors that users had before the bad round."""
+    model = clone(KINDS["hetefedrec" if kind == "het ncf" else kind])
+    model.set_params(n_rounds=40, clients_per_round=2, refit=False)
+    model.set_params(malicious_fraction=0.4, attack="nan", random_state=4)
+    if kind == "het ncf":
+        model.set_params(base_model="ncf", local_epochs=1)
+    if kind == "fedfast":
+        model.set_params(clients_per_round=3)
+    with pytest.raises(NoUsableUploadError):
+        model.fit(split[0])
+    assert 1 <= model.n_rounds_ < 40
+    assert_same_fit(model, clone(model).set_params(n_rounds=model.n_rounds_).fit(split[0]))
+
+
 def test_clients_that_are_alone_have_nothing_to_defend(split):
     model = HeteFedRecRecommender("ncf", aggregation="standalone", n_rounds=1, defence="clip")
     with pytest.raises(ValueError, match="sends nothing that could be attacked or defended"):
