@@ -205,7 +205,11 @@ def network_step(
         if uplink is not None and any(len(own.clients) for own, _ in sent):
             uploads = Uploads.join([own for own, _ in sent])
             vectors = torch.cat([means for _, means in sent])
-            received, n_rejected = uplink.receive(uploads, vectors, state.tables[x], t)
+            try:
+                received, n_rejected = uplink.receive(uploads, vectors, state.tables[x], t)
+            except NoUsableUploadError:  # of this size; those of another may be
+                sums.n_broken += len(uploads.clients)
+                continue
             sums.n_broken += n_rejected
             sums.changes[x], sums.trained[x] = received.rows, received.row_weights
             sums.add_heads(tasks, received.numbers, received.weight)

@@ -137,8 +137,11 @@ def whole_data_step(
                         own = whole_data.uploads_of(cohort, users, part, blocks[: y + 1])
                         sent.append((own, users))
                 if uplink is not None and any(len(users) for _, users in sent):
-                    received, n_rejected = whole_data.receive(uplink, sent, part, t)
-                    sums = sums.plus_received(received, shards.client_users)
+                    try:
+                        received, n_rejected = whole_data.receive(uplink, sent, part, t)
+                        sums = sums.plus_received(received, shards.client_users)
+                    except NoUsableUploadError as error:  # of this size; those of another may be
+                        n_rejected = error.arguments[0]
                     logs["rejected"] += n_rejected * (y == place)
             d, n_curvatures = blocks[place].stop, (place + 1) * item_curvature
             n_sent = int(shards.client_items[group].sum())

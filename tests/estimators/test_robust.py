@@ -146,6 +146,20 @@ def test_a_state_that_is_kept_is_that_of_the_shorter_fit(kind, split, assert_sam
     assert_same_fit(model, clone(model).set_params(n_rounds=model.n_rounds_).fit(split[0]))
 
 
+@pytest.mark.parametrize("changes", [{}, {"dual_task": True}, {"base_model": "ncf"}, {
+    "base_model": "ncf", "aggregation": "clustered"}])  # fmt: skip
+def test_clients_of_a_size_that_are_all_broken_do_not_end_the_round_of_the_others(changes, split):
+    model = clone(KINDS["hetefedrec"]).set_params(n_rounds=6, local_epochs=1, **changes)
+    drawn = clone(model).set_params(malicious_fraction=0.1, attack="nan", n_rounds=1)
+    broken = drawn.fit(split[0]).malicious_client_ids_
+    sizes = {client: 8 if client in broken else 4 for client in drawn.client_ids_.tolist()}
+    model.set_params(client_sizes=sizes, malicious_fraction=0.1, attack="nan").fit(split[0])
+    assert sum(record["rejected"] for record in model.history_) == 6 * 100 * 0.1
+    assert all(record["rejected"] < record["clients"] for record in model.history_)
+    assert np.isfinite(model.item_factors_).all()
+    assert np.isfinite(model.predict(split[1])).all()
+
+
 def test_clients_that_are_alone_have_nothing_to_defend(split):
     model = HeteFedRecRecommender("ncf", aggregation="standalone", n_rounds=1, defence="clip")
     with pytest.raises(ValueError, match="sends nothing that could be attacked or defended"):
