@@ -74,7 +74,7 @@ class Turnout:
         self,
         state: State,
         train: Callable[[NDArray[np.int64]], tuple[State, Logs]],
-        sent: int | None = None,
+        wasted: int = 0,
     ) -> tuple[State, Logs]:
         """Run a round with those who deliver; with nobody, the state stays as it is.
 
@@ -83,8 +83,8 @@ class Turnout:
         state
         train : callable
             ``train(clients) -> (state, logs)``.
-        sent : int, optional
-            Bytes that all who were asked are sent; default: what `train` says of its clients.
+        wasted : int, default=0
+            Bytes that those were sent who were asked and do not deliver; `train` counts the others.
 
         Returns
         -------
@@ -102,9 +102,14 @@ class Turnout:
             "unavailable": self.unavailable,
         }
         waited = {} if self.waited is None else {"waited": self.waited}
-        if sent is not None:
-            logs = {**logs, "bytes_down": sent}
-        return state, {**logs, **turnout, **waited}
+        # Added and not put in its place: those who deliver may get more than the model.
+        down = {"bytes_down": logs["bytes_down"] + wasted}
+        return state, {**logs, **down, **turnout, **waited}
+
+    @property
+    def failed(self) -> NDArray[np.int64]:
+        """Clients that were sent the model for nothing, ascending."""
+        return np.setdiff1d(self.asked, self.delivered, assume_unique=True)
 
     def turns_after(
         self, turns: NDArray[np.int64], missed: NDArray[np.bool_]
@@ -138,7 +143,7 @@ class Turnout:
         ([0, 0, 1], [True, False, False])
         """
         turns, missed = turns.copy(), missed.copy()
-        failed = np.setdiff1d(self.asked, self.delivered, assume_unique=True)
+        failed = self.failed
         twice = failed[missed[failed]]
         missed[failed] = True
         missed[twice] = False
@@ -221,16 +226,18 @@ class Participation:
             there = population[self._uniform("availability", t, population) < chance]
         n_asked = min(n_to_ask(size, self.over_selection), len(there))
         asked = draw(there, n_asked) if n_asked else there
+        # Where nobody is asked in vain everybody counts, also of a draw that varies in size.
+        wanted = size if self.over_selection else max(size, len(asked))
         drops = self._uniform("dropout", t, asked) < self.dropout_rate
         arrival = self._arrival(t, asked)
         in_time = arrival <= (math.inf if self.deadline is None else self.deadline)
         delivers = ~drops & in_time
         order = np.argsort(np.where(delivers, arrival, math.inf), kind="stable")
-        kept = order[: min(size, int(delivers.sum()))]
+        kept = order[: min(wanted, int(delivers.sum()))]
         waited = None
         if self.seconds is not None:
             waited = float(arrival[kept].max(initial=0.0))
-            if self.deadline is not None and len(kept) < min(size, len(asked)):
+            if self.deadline is not None and len(kept) < min(wanted, len(asked)):
                 waited = self.deadline  # someone might still have come
         return Turnout(
             asked=asked,

@@ -261,7 +261,8 @@ class BaseRecommender(CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
 
         def assign(fitted: Attributes) -> Attributes:
             history = old_history + fitted["history_"]
-            attributes = base | fitted | {"history_": history, "n_rounds_": len(history)}
+            attributes = base | watch.besides(len(fitted["history_"])) | fitted
+            attributes |= {"history_": history, "n_rounds_": len(history)}
             if columns.feature_names is None and hasattr(self, "feature_names_in_"):
                 del self.feature_names_in_
             for name, value in attributes.items():
@@ -576,6 +577,8 @@ class RoundWatch:
         self._history: list[Record] = []
         # Fitted attributes after the last good round, of a fit that an error ends.
         self.kept: Attributes | None = None
+        # Fitted attributes that follow from the number of rounds of this fit, and not its state.
+        self.besides: Callable[[int], Attributes] = lambda n_rounds: {}
 
     def identify(self, part: str, value: object) -> None:
         """Count what the estimator has read besides interactions among the data of the fit."""
@@ -634,7 +637,9 @@ class RoundWatch:
 
     def _fitted(self, attributes: Attributes) -> Attributes:
         history = self._old_history + self._history
-        return self._base | attributes | {"history_": history, "n_rounds_": len(history)}
+        besides = self.besides(len(self._history))
+        now = {"history_": history, "n_rounds_": len(history)}
+        return self._base | besides | attributes | now
 
     def _print(self, record: Record) -> None:
         verbose = int(getattr(self._estimator, "verbose", 0))

@@ -242,8 +242,14 @@ def simulate_fedfnn(
         federation, training, predict, _monitor(watched, resolved), promised, streams,
         sampling=sampling, n_clusters=n_clusters,
     )  # fmt: skip
+
+    def besides(n_done: int) -> Attributes:
+        cost = NOTHING_PROMISED if promised is None else promised.fitted(n_done)
+        return {**federation.fitted, **cost}
+
+    watch.besides = besides
     with torch_threads(CPU_CHUNK_ROWS * n_factors):
-        fitted = fit_factors(
+        return fit_factors(
             data, watch, step=step, refit=training.refit if refit else None, n_factors=n_factors,
             item_bias=resolved.item_bias, init_scale=resolved.init_scale,
             server_optimizer=resolved.server_optimizer,
@@ -255,8 +261,6 @@ def simulate_fedfnn(
             shards=federation.shards, n_iter_no_change=n_iter_no_change, tol=tol, streams=streams,
             previous=previous,
         )  # fmt: skip
-    cost = NOTHING_PROMISED if promised is None else promised.fitted(len(fitted["history_"]))
-    return {**fitted, **federation.fitted, **cost}
 
 
 # Who takes part --------------------------------------------------------------------------------
@@ -692,8 +696,11 @@ def _step(
                 return state, dict(NOBODY)
             return train_and_predict(state, delegates, t)
         turnout = participation.of_round(t, federation.cohort, draw)
-        sent = len(turnout.asked) * training.download(state)
-        after, logs = turnout.train(state, lambda chosen: train_and_predict(state, chosen, t), sent)
+        wasted = len(turnout.failed) * training.download(state)
+        after, logs = turnout.train(
+            state, lambda chosen: train_and_predict(state, chosen, t), wasted
+        )
+        logs.setdefault("rejected", 0)
         turns, missed = turnout.turns_after(after.turns, state.missed)
         return replace(after, turns=turns, missed=missed), logs
 

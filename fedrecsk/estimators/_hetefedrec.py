@@ -542,23 +542,24 @@ default=None
             if participation is None:
                 return train(state, draw(contributors, n_participants), t)
             turnout = participation.of_round(t, n_participants, draw, contributors)
-            sent = downloads(state, dual_task=dual_task)[sizes.of_client[turnout.asked]]
+            wasted = downloads(state, dual_task=dual_task)[sizes.of_client[turnout.failed]]
             after, logs = turnout.train(
-                state, lambda chosen: train(state, chosen, t), int(sent.sum())
+                state, lambda chosen: train(state, chosen, t), int(wasted.sum())
             )
+            logs.setdefault("rejected", 0)
             turns, missed = turnout.turns_after(after.turns, state.missed)
             return replace(after, turns=turns, missed=missed), logs
 
         def step(state: NestedState, t: int) -> tuple[NestedState, Logs]:
             turns = state.turns[contributors].min()
             state, logs = train_some(state, t)
-            if distills and logs["clients"]:
+            if distills:
                 if self.distill_every == "epoch":
                     due = bool(state.turns[contributors].min() > turns)
                 else:
                     due = (t + 1) % self.distill_every == 0
                 logs["distillation_loss"] = None
-                if due:
+                if due and logs["clients"]:
                     state, more = distillation_step(
                         state,
                         t,
@@ -582,8 +583,9 @@ default=None
             fitted = clients if self.refit else np.intersect1d(clients, bystanders)
             return refit_users(state, shards, fitted, sizes=sizes, fit=fit)
 
+        watch.besides = lambda n_done: around.fitted
         with torch_threads(CPU_CHUNK_ROWS * sizes.widths[-1]):
-            fitted = fit_nested(
+            return fit_nested(
                 data,
                 watch,
                 step=step,
@@ -600,7 +602,6 @@ default=None
                 n_iter_no_change=self.n_iter_no_change,
                 tol=self.tol,
             )
-        return {**fitted, **around.fitted}
 
     def _distrust(self, data: Interactions, streams: Streams) -> Distrust:
         """Draw who is dishonest, and bind what happens to uploads."""

@@ -40,6 +40,7 @@ from fedrecsk.methods.factor_state import (
     counted_turns,
     lifted,
     served_factors,
+    written_users,
 )
 from fedrecsk.methods.noised_sums import released, sends_every_row
 from fedrecsk.models import bce_newton, ncf, sampled_bce, whole_data
@@ -118,7 +119,7 @@ def bce_step(
     key = streams.key("examples", t)
     client_rows = shards.client_rows
     total_rows = float(max(client_rows[delegates].sum(), 1))
-    user_factors = state.user_factors if in_place else state.user_factors.clone()
+    trained: list[tuple[Tensor, Tensor]] = []
     newton = server_optimizer is None
     sums = DelegateSums(table, state.head, newton=newton)
     sent: list[tuple[Uploads, Tensor]] = []
@@ -149,7 +150,7 @@ def bce_step(
             heads = without(heads, broken, state.head)
             sums.leave_out(broken, share)
             share = share.masked_fill(broken, 0.0)
-        user_factors[cohort.users] = result.user_vectors
+        trained.append((cohort.users, result.user_vectors))
         sums.count(result)
         weight = _row_weights(result, item_weighting, cohort, client_rows, total_rows)
         vectors = sampled_bce.with_constant(result.user_vectors, item_bias)
@@ -188,7 +189,9 @@ def bce_step(
         moved = _plain_move(state, sums, item_weighting, server_optimizer)
     new = replace(
         moved,
-        user_factors=fill_rows(user_factors, parts, shards.users_of),
+        user_factors=fill_rows(
+            written_users(state, trained, in_place=in_place), parts, shards.users_of
+        ),
         times_sampled=counted_times(state, shards, delegates, in_place=in_place),
         turns=counted_turns(state, delegates, in_place=in_place),
         residual=received.residual if received else state.residual,

@@ -6,6 +6,7 @@ predicts the vectors of those who were not asked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -201,6 +202,16 @@ def served_factors(state: FactorState) -> Tensor:
 def users_of(state: FactorState, shards: ClientShards, delegates: NDArray[np.int64]) -> Tensor:
     """Codes of the delegates' users, on the state's device."""
     return to_device(shards.users_of(delegates), state.user_factors.device)
+
+
+def written_users(
+    state: FactorState, trained: Sequence[tuple[Tensor, Tensor]], *, in_place: bool
+) -> Tensor:
+    """Put vectors (U, d) into the users' places, once the round can no longer fail."""
+    user_factors = state.user_factors if in_place else state.user_factors.clone()
+    for users, vectors in trained:
+        user_factors[users] = vectors
+    return user_factors
 
 
 def counted_times(

@@ -63,6 +63,7 @@ from fedrecsk.methods.nested_state import (
     federations,
     lifted,
     table_blocks,
+    written_users,
 )
 from fedrecsk.methods.padded_aggregation import Denominator, combine, slice_of
 from fedrecsk.methods.self_distillation import distill, draw_items
@@ -155,11 +156,11 @@ def network_step(
         rows = shards.client_rows[clients].astype(float)
         return rows if client_weights == "interactions" else np.ones_like(rows)
 
-    user_factors = state.user_factors if in_place else state.user_factors.clone()
+    trained: list[tuple[Tensor, Tensor]] = []
     sums, arrivals = _NetworkSums.zero(state), Arrivals.before(state)
     parts = shares(participants, shards.client_rows[participants])
     # A GPU would be waited for, unless somebody looks at single uploads anyway.
-    looks = uplink is not None or user_factors.device.type == "cpu"
+    looks = uplink is not None or state.user_factors.device.type == "cpu"
     for x, width in enumerate(sizes.widths):
         tasks = range(x + 1) if together else range(x, x + 1)
         shared = [state.heads[y] for y in tasks]
@@ -168,7 +169,7 @@ def network_step(
         bound = BROKEN * max(1.0, float(state.tables[x].abs().max())) if looks else math.inf
         sent: list[tuple[Uploads, Tensor]] = []
         for cohort in shards.chunks(group, rows_per_interaction=1 + n_negatives):
-            before = user_factors[cohort.users, :width]
+            before = state.user_factors[cohort.users, :width]
             result, heads = ncf.train(
                 cohort,
                 before,
@@ -193,7 +194,7 @@ def network_step(
                 changes = changes.masked_fill(broken[:, None], 0.0)
                 weight = weight.masked_fill(broken, 0.0)
                 sums.n_broken += int(broken.sum())
-            user_factors[cohort.users, :width] = result.user_vectors
+            trained.append((cohort.users, result.user_vectors))
             sums.count(x, result)
             each = weight[result.row_clients] * result.row_valid
             if uplink is None:
@@ -215,9 +216,10 @@ def network_step(
                 sums.changes[x], sums.trained[x] = received.rows, received.row_weights
                 sums.add_heads(tasks, received.numbers, received.weight)
     sums = sums.of_all_processes()
-    user_factors = fill_rows(user_factors, parts, shards.users_of)
-
     arrivals.check_somebody_is_heard(len(participants), sums.n_broken, t)
+    user_factors = fill_rows(
+        written_users(state, trained, in_place=in_place), parts, shards.users_of
+    )
     members = [sizes.members(participants, x) for x in range(len(sizes.widths))]
     weights = [float(weights_of(group).sum()) for group in members]
     tables, table_moments = list(state.tables), []

@@ -384,6 +384,16 @@ class Arrivals:
         return tuple(self.residuals) if keeps else None
 
 
+def written_users(
+    state: NestedState, trained: Sequence[tuple[Tensor, Tensor]], *, in_place: bool
+) -> Tensor:
+    """Put vectors (U, N) into the users' first columns, once the round can no longer fail."""
+    user_factors = state.user_factors if in_place else state.user_factors.clone()
+    for users, vectors in trained:
+        user_factors[users, : vectors.shape[1]] = vectors
+    return user_factors
+
+
 def counted_turns(
     state: NestedState, participants: NDArray[np.int64], *, in_place: bool
 ) -> NDArray[np.int64]:

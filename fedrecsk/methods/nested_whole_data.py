@@ -40,6 +40,7 @@ from fedrecsk.methods.nested_state import (
     counted_turns,
     downloads,
     federations,
+    written_users,
 )
 from fedrecsk.models import whole_data
 from fedrecsk.models.head import Head
@@ -87,7 +88,7 @@ def whole_data_step(
     state : NestedState
     logs : dict
     """
-    user_factors = state.user_factors if in_place else state.user_factors.clone()
+    trained: list[tuple[Tensor, Tensor]] = []
     tables, statistics = list(state.tables), list(state.statistics)
     population = np.arange(shards.n_clients) if contributors is None else contributors
     users_of_size = np.bincount(
@@ -100,7 +101,7 @@ def whole_data_step(
     }  # fmt: skip
     arrivals = Arrivals.before(state)
     # A GPU would be waited for, unless somebody looks at single uploads anyway.
-    looks = uplink is not None or user_factors.device.type == "cpu"
+    looks = uplink is not None or state.user_factors.device.type == "cpu"
     broken: list[NDArray[np.int64]] = []
     n_rows, n_bytes = 0, downloads(state, dual_task=dual_task)
     parts = shares(participants, shards.client_rows[participants])
@@ -129,7 +130,7 @@ def whole_data_step(
                         broken.append(cohort.clients[~solved.cpu().numpy()])
                         cohort, users = cohort.of_users(solved), users[solved]
                     if y == place:
-                        user_factors[cohort.users, :width] = users
+                        trained.append((cohort.users, users))
                     more = sums.plus(cohort, users, part, gram, unobserved_weight)
                     if uplink is None:
                         sums = more
@@ -189,6 +190,7 @@ def whole_data_step(
     logs["rejected"] += len(np.unique(np.concatenate(broken))) if broken else 0
     logs["rejected"] = int(add_up(torch.tensor(logs["rejected"]))[0])
     arrivals.check_somebody_is_heard(len(participants), logs["rejected"], t)
+    user_factors = written_users(state, trained, in_place=in_place)
     return replace(
         state,
         user_factors=fill_rows(user_factors, parts, shards.users_of),

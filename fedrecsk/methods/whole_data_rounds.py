@@ -20,7 +20,13 @@ from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
 from fedrecsk.engine.uplink import Uplink
 from fedrecsk.engine.uploads import Uploads, as_sent
 from fedrecsk.exceptions import NoUsableUploadError
-from fedrecsk.methods.factor_state import FactorState, Logs, counted_times, counted_turns
+from fedrecsk.methods.factor_state import (
+    FactorState,
+    Logs,
+    counted_times,
+    counted_turns,
+    written_users,
+)
 from fedrecsk.methods.noised_sums import released_users, sends_every_row
 from fedrecsk.models import whole_data
 
@@ -62,7 +68,7 @@ def whole_data_step(
     items = state.item_table
     gram = items.T @ items
     mean_user_rows = len(shards.items) / shards.n_users
-    user_factors = state.user_factors if in_place else state.user_factors.clone()
+    trained: list[tuple[Tensor, Tensor]] = []
     total = whole_data.Sums.zero(shards.n_items, items.shape[1], items.device)
     sent: list[tuple[Uploads, Tensor]] = []
     broken: list[NDArray[np.int64]] = []
@@ -81,7 +87,7 @@ def whole_data_step(
             solved = users.isfinite().all(1)
             broken.append(cohort.clients[~solved.cpu().numpy()])
             cohort, users = cohort.of_users(solved), users[solved]
-        user_factors[cohort.users] = users
+        trained.append((cohort.users, users))
         total += whole_data.user_sums(
             cohort, users, items, gram, unobserved_weight=unobserved_weight
         )
@@ -101,7 +107,9 @@ def whole_data_step(
     total = total.of_all_processes()
     if len(delegates) and not total.n_users:
         raise NoUsableUploadError(len(delegates), t)
-    user_factors = fill_rows(user_factors, parts, shards.users_of)
+    user_factors = fill_rows(
+        written_users(state, trained, in_place=in_place), parts, shards.users_of
+    )
     rate = server_learning_rate
     if rate is None:
         rate = whole_data.default_rate(total.n_users / shards.n_users, t)

@@ -155,6 +155,41 @@ def test_all_who_were_asked_are_sent_the_model(model, obvious):
     assert 0 < record["bytes_up"] < without["bytes_up"]
 
 
+def test_what_masks_cost_is_counted_where_clients_fail(obvious):
+    model = clone(MODELS["fedavg"]).set_params(secure_aggregation=True, n_rounds=1)
+    (without,) = clone(model).fit(obvious).history_
+    (record,) = clone(model).set_params(client_seconds=1.0).fit(obvious).history_
+    assert record["bytes_down"] == without["bytes_down"]
+    # All who drop out got the model, and nothing of the protocol.
+    model.set_params(dropout_rate=0.5, clients_per_round=1.0)
+    (record,) = clone(model).fit(obvious).history_
+    there = record["clients"]
+    (plain,) = clone(model).set_params(secure_aggregation=False).fit(obvious).history_
+    (fewer,) = (
+        clone(model).set_params(dropout_rate=0, clients_per_round=there).fit(obvious).history_
+    )
+    (no_masks,) = (
+        clone(model)
+        .set_params(dropout_rate=0, clients_per_round=there, secure_aggregation=False)
+        .fit(obvious)
+        .history_
+    )
+    assert there < N_CLIENTS
+    protocol = fewer["bytes_down"] - no_masks["bytes_down"]
+    assert record["bytes_down"] - plain["bytes_down"] == protocol > 0
+
+
+def test_cohorts_that_vary_in_size_are_not_cut_where_nobody_fails(obvious, assert_same_fit):
+    model = clone(MODELS["fedavg"]).set_params(sampling="poisson", clients_per_round=8, n_rounds=8)
+    plain = clone(model).fit(obvious)
+    assert max(column(plain, "clients")) > 8
+    same = clone(model).set_params(client_seconds=0.5, deadline=1e6).fit(obvious)
+    for record in same.history_:
+        for name in NEW:
+            del record[name]
+    assert_same_fit(same, plain)
+
+
 @pytest.mark.parametrize("name", ["fedfnn", "fedavg", "hetefedrec", "hetefedrec-ncf"])
 def test_seconds_are_rows_times_epochs_where_there_are_epochs(name, obvious):
     """Nine rows each; the noise stays within four standard deviations."""
@@ -212,8 +247,10 @@ def test_a_round_without_anybody_changes_nothing(model, obvious, interrupt, caps
     assert model.n_rounds_ == len(model.history_) == 5
     record = second["history_"][1]
     assert (record["round"], record["loss"], record["clients"], record["asked"]) == (2, None, 0, 0)
-    assert (record["bytes_up"], record["bytes_down"]) == (0, 0)
+    assert (record["bytes_up"], record["bytes_down"], record["rejected"]) == (0, 0, 0)
     assert record["unavailable"] == N_CLIENTS
+    if "distillation_loss" in first["history_"][0]:
+        assert record["distillation_loss"] is None
     for name in ("user_factors_", "item_factors_", "network_", "item_evidence_", "user_gram_"):
         assert first[name] is not second[name]
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 
-from fedrecsk import FedAvgRecommender, FedFNNRecommender
+from fedrecsk import FedAvgRecommender, FedFNNRecommender, NoUsableUploadError
 from fedrecsk.datasets import make_interactions
 from fedrecsk.engine.uplink import Uplink
 from fedrecsk.models import whole_data
@@ -151,6 +151,26 @@ def test_a_client_pays_for_its_own_turns_alone(X):
     assert whole.privacy_spent_[0]["rounds"] == 4
     drawn = fit("whole-data", X, privacy="local")
     assert drawn.privacy_spent_[0]["rounds"] == drawn.times_sampled_.max()
+
+
+def test_a_plain_fit_that_fails_promises_nothing(X):
+    model = fit("whole-data", X, n_rounds=1)
+    assert model.epsilon_ < math.inf
+    model.set_params(privacy=None, sampling="uniform", n_rounds=40, clients_per_round=2)
+    model.set_params(malicious_fraction=0.6, attack="nan")
+    with pytest.raises(NoUsableUploadError, match="round"):
+        model.fit(X)
+    assert (model.epsilon_, model.delta_, model.privacy_spent_) == (math.inf, None, None)
+    with pytest.raises(ValueError, match="had no privacy"):
+        model.set_params(**PRIVATE, malicious_fraction=0.0).partial_fit(X)
+
+
+def test_callbacks_are_told_what_was_spent(X, interrupt):
+    callback = interrupt()
+    model = clone(KINDS["whole-data"]).set_params(**PRIVATE).set_callbacks(callback).fit(X)
+    spent = [seen.epsilon_ for seen in callback.seen]
+    assert spent == [record["epsilon"] for record in model.history_]
+    assert [seen.privacy_spent_[0]["rounds"] for seen in callback.seen] == [1, 2, 3, 4]
 
 
 def test_going_on_goes_on_counting(X):

@@ -130,6 +130,36 @@ def test_the_last_good_state_is_kept_if_no_upload_of_a_round_can_be_used(split, 
     assert (model.predict(split[1]) == shorter.predict(split[1])).all()
 
 
+@pytest.mark.parametrize("kind", ["fedavg", "fedfnn", "fedfast", "ncf", "hetefedrec", "het ncf"])
+def test_a_state_that_is_kept_is_that_of_the_shorter_fit(kind, split, assert_same_fit):
+    """With all that a fit leaves, and with the vectors that users had before the bad round."""
+    model = clone(KINDS["hetefedrec" if kind == "het ncf" else kind])
+    model.set_params(n_rounds=40, clients_per_round=2, refit=False)
+    model.set_params(malicious_fraction=0.4, attack="nan", random_state=4)
+    if kind == "het ncf":
+        model.set_params(base_model="ncf", local_epochs=1)
+    if kind == "fedfast":
+        model.set_params(clients_per_round=3)
+    with pytest.raises(NoUsableUploadError):
+        model.fit(split[0])
+    assert 1 <= model.n_rounds_ < 40
+    assert_same_fit(model, clone(model).set_params(n_rounds=model.n_rounds_).fit(split[0]))
+
+
+@pytest.mark.parametrize("changes", [{}, {"dual_task": True}, {"base_model": "ncf"}, {
+    "base_model": "ncf", "aggregation": "clustered"}])  # fmt: skip
+def test_clients_of_a_size_that_are_all_broken_do_not_end_the_round_of_the_others(changes, split):
+    model = clone(KINDS["hetefedrec"]).set_params(n_rounds=6, local_epochs=1, **changes)
+    drawn = clone(model).set_params(malicious_fraction=0.1, attack="nan", n_rounds=1)
+    broken = drawn.fit(split[0]).malicious_client_ids_
+    sizes = {client: 8 if client in broken else 4 for client in drawn.client_ids_.tolist()}
+    model.set_params(client_sizes=sizes, malicious_fraction=0.1, attack="nan").fit(split[0])
+    assert sum(record["rejected"] for record in model.history_) == 6 * 100 * 0.1
+    assert all(record["rejected"] < record["clients"] for record in model.history_)
+    assert np.isfinite(model.item_factors_).all()
+    assert np.isfinite(model.predict(split[1])).all()
+
+
 def test_clients_that_are_alone_have_nothing_to_defend(split):
     model = HeteFedRecRecommender("ncf", aggregation="standalone", n_rounds=1, defence="clip")
     with pytest.raises(ValueError, match="sends nothing that could be attacked, defended"):
