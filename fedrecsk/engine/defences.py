@@ -57,11 +57,14 @@ class Defence:
     clip_quantile : float in (0, 1]
         Rows longer than this quantile of the lengths of all rows of the round are shortened to
         it, and likewise clients' numbers; see `clip`.
+    checks : bool, default=True
+        Whether uploads that no data would explain are dropped, where that can be told.
     """
 
     name: DefenceName
     assumed_malicious: float
     clip_quantile: float
+    checks: bool = True
 
     def add(self, uploads: Uploads, n_items: int) -> UploadSums:
         """Add uploads up.

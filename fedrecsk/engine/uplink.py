@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -58,6 +58,7 @@ class Uplink:
         table: Tensor,
         t: int,
         residual: Residual | None = None,
+        check: Callable[[Uploads], Tensor] | None = None,
     ) -> tuple[UploadSums, int]:
         """Hand the uploads of a round to the server.
 
@@ -73,6 +74,9 @@ class Uplink:
             Number of the round.
         residual : Residual, optional
             What clients have kept in earlier rounds.
+        check : callable, optional
+            ``check(uploads) -> mask (C,)`` of those that some data would explain. Asked where
+            there is a defence that checks, and nobody compresses, which blurs what is sent.
 
         Returns
         -------
@@ -96,6 +100,8 @@ class Uplink:
                 uploads, residual, n_items, width, t
             )
         usable = screen(uploads)
+        if check is not None and self.defence is not None and self.defence.checks and not n_bytes:
+            usable = usable.of(check(usable))
         if n_clients and not len(usable.clients):
             raise NoUsableUploadError(n_clients, t)
         add = add_uploads if self.defence is None else self.defence.add

@@ -140,7 +140,9 @@ def whole_data_step(
                         sent.append((own, users))
                 if uplink is not None and sent:
                     n_clients = len(np.unique(np.concatenate([own.clients for own, _ in sent])))
-                    receive = partial(whole_data.receive, uplink, sent, part, t)
+                    receive = partial(
+                        whole_data.receive, uplink, sent, part, t, blocks=blocks[: y + 1]
+                    )
                     received, n_rejected = arrivals.take(federation[y], n_clients, uplink, receive)
                     logs["rejected"] += n_rejected * (y == place)
                     if received is not None:
