@@ -1,29 +1,24 @@
-"""The estimator around `fedrecsk.methods.fellrec`."""
+"""The estimator around `fedrecsk.methods.fellrec`; its rounds are in `_fellrec_simulation`."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor
 
 from fedrecsk.data.interactions import Interactions
 from fedrecsk.data.prompts import Catalogue, catalogue
 from fedrecsk.data.vocabulary import Vocabulary
 from fedrecsk.engine.device import resolve_device, torch_threads
-from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
-from fedrecsk.engine.participation import Availability, read_participation
-from fedrecsk.engine.rounds import EarlyStopping, Record, run_rounds
+from fedrecsk.engine.participation import Availability
+from fedrecsk.engine.rounds import Record
 from fedrecsk.engine.shards import CPU_CHUNK_ROWS
 from fedrecsk.engine.streams import Streams
 from fedrecsk.estimators._base import (
@@ -32,51 +27,26 @@ from fedrecsk.estimators._base import (
     Attributes,
     BaseRecommender,
     RoundWatch,
-    check_somebody_delivered,
 )
+from fedrecsk.estimators._fellrec_serving import Reader, serve
+from fedrecsk.estimators._fellrec_simulation import simulate_fellrec
 from fedrecsk.estimators._language import (
     Ranking,
     about,
-    adapters_before,
     as_tensor,
-    by_platform,
-    bytes_crossed,
-    check_periods,
     check_same_layers,
-    find_intercept,
-    items_under,
-    mean_of_best,
     safe_layers,
-    sample_users,
     score_users,
 )
-from fedrecsk.estimators._platforms import (
-    HeldOut,
-    Platforms,
-    Sampler,
-    hold_out_last,
-    make_platforms,
-)
+from fedrecsk.estimators._platforms import Platforms, make_platforms
 from fedrecsk.estimators._sklearn import Constraints, Interval, StrOptions
-from fedrecsk.methods.dynamic_balance import (
-    ClientWeights,
-    Exponent,
-    SimilarityOn,
-    due_clients,
-)
-from fedrecsk.methods.fellrec import (
-    AggregationName,
-    FELLRecState,
-    fellrec_step,
-    keep_best,
-)
+from fedrecsk.methods.dynamic_balance import ClientWeights, Exponent, SimilarityOn
+from fedrecsk.methods.fellrec import AggregationName
 from fedrecsk.models import adapter_files
 from fedrecsk.models.backbone import COMPACT_NAME, load_backbone, make_compact
 from fedrecsk.models.compact import CompactState, open_compact
-from fedrecsk.models.generation import embed_last_token, generate_titles
-from fedrecsk.models.lora_training import train_adapters
-from fedrecsk.models.stacked_lora import Adapters, mean, select
-from fedrecsk.models.text_model import Examples, Inference, TextModel, open_text_model
+from fedrecsk.models.stacked_lora import Adapters, select
+from fedrecsk.models.text_model import Inference, TextModel, open_text_model
 from fedrecsk.models.text_vectors import Pooling
 
 IntArray = NDArray[np.int64]
@@ -84,15 +54,6 @@ FloatArray = NDArray[np.float32]
 
 # What "auto" stands for, by what the adapters are on; chosen in pilots.
 AUTO_LEARNING_RATE = {"compact": 8e-3, "encoder": 5e-4, "causal": 2e-4}
-# Weights of the popularity term that "auto" compares, and what it takes without validation.
-POPULARITY_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
-AUTO_POPULARITY = 0.5
-# Temperatures that "auto" compares, a fifth apart, the steps of each platform that it looks at,
-# and what it takes where there are none.
-TEMPERATURE_GRID = tuple(round(0.02 * 1.2**step, 4) for step in range(20))
-TEMPERATURE_STEPS = 4
-AUTO_TEMPERATURE = 0.05
-MAX_TITLE_TOKENS = 32
 
 
 class FELLRecRecommender(BaseRecommender):
@@ -524,19 +485,25 @@ class FELLRecRecommender(BaseRecommender):
             streams=streams,
             previous=previous,
         )
+        watch.identify("item texts", [items.items.ids, items.texts, items.titles])
         compact = self._compact(items, streams, previous)
         with torch_threads(CPU_CHUNK_ROWS * self.batch_size):
             model, layers = self._open(items, compact, streams)
             try:
+                reader = self._reader(model, writes=self.inference == "generate")
+
+                def fitted(adapters: Adapters, ranking: Ranking) -> Attributes:
+                    served = serve(reader, platforms, adapters, ranking)
+                    return {**served, **about(data, codes, items, platforms)}
+
                 trained, history, ranking = self._train(
-                    data, platforms, items, model, streams, watch, previous, codes
+                    platforms, reader, streams, watch, fitted, previous
                 )
-                served = self._serve(model, platforms, trained, ranking)
+                attributes = fitted(trained, ranking)
             finally:
                 model.lora.restore()
         return {
-            **served,
-            **about(data, codes, items, platforms),
+            **attributes,
             "compact_": compact,
             "backbone_name_": model.backbone.name,
             "lora_targets_": model.lora.targets,
@@ -544,6 +511,66 @@ class FELLRecRecommender(BaseRecommender):
             "client_layers_": layers,
             "history_": history,
         }
+
+    def _reader(self, model: TextModel, *, writes: bool) -> Reader:
+        """Say how the model reads histories."""
+        return Reader(model, writes, self.max_history, self.num_beams)
+
+    def _train(
+        self,
+        platforms: Platforms,
+        reader: Reader,
+        streams: Streams,
+        watch: RoundWatch,
+        fitted: Callable[[Adapters, Ranking], Attributes],
+        previous: Attributes | None,
+    ) -> tuple[Adapters, list[Record], Ranking]:
+        """Run the rounds."""
+        rate = self.learning_rate
+        if rate == "auto":
+            rate = AUTO_LEARNING_RATE["compact" if self.backbone is None else self.backend]
+        return simulate_fellrec(
+            platforms,
+            reader,
+            streams,
+            watch,
+            fitted,
+            previous=previous,
+            aggregation=self.aggregation,
+            client_weights=self.client_weights,
+            proximal=self.proximal,
+            similarity_on=self.similarity_on,
+            use_similarity=self.use_similarity,
+            similarity_power=self.similarity_power,
+            use_heating=self.use_heating,
+            alpha=self.alpha,
+            beta=self.beta,
+            heating_temperature=self.heating_temperature,
+            heating_exponent=self.heating_exponent,
+            client_periods=self.client_periods,
+            staleness_exponent=self.staleness_exponent,
+            availability=self.availability,
+            dropout_rate=self.dropout_rate,
+            n_rounds=self.n_rounds,
+            local_epochs=self.local_epochs,
+            examples_per_user=self.examples_per_user,
+            learning_rate=float(rate),
+            learning_rate_schedule=self.learning_rate_schedule,
+            weight_decay=self.weight_decay,
+            batch_size=self.batch_size,
+            gradient_accumulation=self.gradient_accumulation,
+            objective=self.objective,
+            negatives=self.negatives,
+            n_negatives=self.n_negatives,
+            prompt_loss=self.prompt_loss,
+            temperature=self.temperature,
+            popularity_counts=self.popularity_counts,
+            popularity_weight=self.popularity_weight,
+            early_stopping=self.early_stopping,
+            validation_fraction=self.validation_fraction,
+            n_iter_no_change=self.n_iter_no_change,
+            tol=self.tol,
+        )
 
     def _settings(self) -> Attributes:
         # Texts are told apart by what was read of them.
@@ -599,406 +626,7 @@ class FELLRecRecommender(BaseRecommender):
         )
         return model, layers
 
-    # --------------------------------------------------------------------- rounds
-
-    def _train(
-        self,
-        data: Interactions,
-        platforms: Platforms,
-        items: Catalogue,
-        model: TextModel,
-        streams: Streams,
-        watch: RoundWatch,
-        previous: Attributes | None,
-        codes: IntArray,
-    ) -> tuple[Adapters, list[Record], Ranking]:
-        """Run the rounds; return the adapters that serve, the history, and how scores are made."""
-        n_clients = len(platforms)
-        ends = platforms.lengths
-        held_out = None
-        if self.early_stopping:
-            # Without users of three items there is nobody to ask, and all rounds are run.
-            drawn = hold_out_last(platforms, self.validation_fraction, streams)
-            held_out = drawn if len(drawn.users) else None
-            ends = drawn.ends
-        start = model.lora.init(n_clients, streams.torch("adapters"))
-        if previous is not None:
-            start = adapters_before(start, platforms, previous)
-        counts = torch.from_numpy(platforms.counts(ends)).to(model.device, torch.float32)
-        sampler = Sampler(
-            platforms,
-            ends,
-            model.histories,
-            streams,
-            local_epochs=self.local_epochs,
-            batch_size=self.batch_size,
-            gradient_accumulation=self.gradient_accumulation,
-            examples_per_user=self.examples_per_user,
-            n_negatives=self.n_negatives if self.negatives == "in-batch" else 0,
-            max_history=self.max_history,
-        )
-        n_examples = torch.from_numpy(sampler.n_examples()).to(model.device)
-        if not n_examples.any():
-            warnings.warn(
-                "No user has two interactions to learn from, so the adapters stay as they are: "
-                "the next item is predicted from the ones before it. Give users with longer "
-                "histories.",
-                UserWarning,
-                stacklevel=2,
-            )
-        ranking = Ranking(
-            temperature=self._temperature(model, sampler, start, previous),
-            popularity_weight=AUTO_POPULARITY
-            if self.popularity_weight == "auto"
-            else float(self.popularity_weight),
-            generated=self.inference == "generate",
-            shared_popularity=self.popularity_counts == "all",
-        )
-        if "auto" in (self.popularity_weight, self.popularity_counts):
-            ranking = self._best_popularity(ranking, model, platforms, held_out, start, counts)
-        first_round = 0 if previous is None else int(previous["n_rounds_"])
-        train = self._local_training(model, sampler, counts, ranking, streams, first_round)
-        periods = check_periods(self.client_periods, n_clients, model.device)
-        participation = read_participation(
-            platforms.ids,
-            sampler.n_examples(),
-            availability=self.availability,
-            dropout_rate=self.dropout_rate,
-            streams=streams,
-        )
-
-        def train_some(
-            state: FELLRecState, t: int, delivers: Tensor | None = None
-        ) -> tuple[FELLRecState, Record]:
-            before = bytes_crossed(model)
-            state, logs = fellrec_step(
-                state,
-                t,
-                train=train,
-                n_examples=n_examples,
-                periods=periods,
-                aggregation=self.aggregation,
-                client_weights=self.client_weights,
-                proximal=self.proximal,
-                similarity_on=self.similarity_on,
-                use_similarity=self.use_similarity,
-                similarity_power=self.similarity_power,
-                use_heating=self.use_heating,
-                alpha=self.alpha,
-                beta=self.beta,
-                heating_temperature=self.heating_temperature,
-                heating_exponent=self.heating_exponent,
-                staleness_exponent=self.staleness_exponent,
-                delivers=delivers,
-            )
-            if model.split is not None:
-                crossed = torch.tensor(bytes_crossed(model) - before)
-                logs["bytes_boundary"] = int(add_up(crossed)[0])
-            if held_out is not None:
-                values = self._validate(
-                    [ranking], model, platforms, held_out, state.adapters, counts
-                )
-                state = keep_best(state, values[0])
-                logs["client_ndcg"] = values[0].tolist()
-            return state, logs
-
-        def step(state: FELLRecState, t: int) -> tuple[FELLRecState, Record]:
-            if participation is None:
-                return train_some(state, t)
-            due = np.flatnonzero(due_clients(t, periods).cpu().numpy())
-            turnout = participation.of_round(t, n_clients, lambda there, n: there, due)
-
-            def train_delivered(clients: IntArray) -> tuple[FELLRecState, Record]:
-                delivers = torch.zeros_like(periods, dtype=torch.bool)
-                delivers[torch.from_numpy(clients).to(delivers.device)] = True
-                return train_some(state, t, delivers)
-
-            return turnout.train(state, train_delivered)
-
-        state = FELLRecState.start(start, aggregation=self.aggregation)
-        stopping = None
-        if held_out is not None:
-            users = np.bincount(platforms.of_user[held_out.users], minlength=n_clients)
-            values = self._validate([ranking], model, platforms, held_out, state.adapters, counts)
-            state = keep_best(state, values[0])
-            stopping = EarlyStopping[FELLRecState](
-                evaluate=lambda state: mean_of_best(state, users),
-                n_iter_no_change=self.n_iter_no_change,
-                tol=self.tol,
-            )
-        watch.identify("item texts", [items.items.ids, items.texts, items.titles])
-
-        def round_ended(state: FELLRecState, record: Record) -> bool:
-            return watch.end(
-                record,
-                lambda: {
-                    **self._serve(model, platforms, self._serving(state), ranking),
-                    **about(data, codes, items, platforms),
-                },
-            )
-
-        result = run_rounds(
-            step,
-            state,
-            n_rounds=self.n_rounds,
-            first_round=first_round,
-            past=watch.load(state),
-            early_stopping=stopping,
-            save=watch.save,
-            save_every=watch.save_every,
-            on_round_begin=watch.begin,
-            on_round_end=round_ended,
-        )
-        check_somebody_delivered(result.history, goes_on=previous is not None)
-        return self._serving(result.state), result.history, ranking
-
-    def _serving(self, state: FELLRecState) -> Adapters:
-        """Adapters that users are served with."""
-        validated = bool(state.best_value.isfinite().any())
-        return state.best if validated else state.adapters
-
-    def _local_training(
-        self,
-        model: TextModel,
-        sampler: Sampler,
-        counts: Tensor,
-        ranking: Ranking,
-        streams: Streams,
-        first_round: int,
-    ) -> Callable[[Adapters, Tensor, Adapters | None, float, int], tuple[Adapters, Tensor]]:
-        """Bind what local training needs, see `fedrecsk.methods.fellrec.Train`."""
-        lift = self.objective == "lift"
-        popularity = ranking.prior(ranking.popularity(counts))
-        prior = torch.zeros_like(counts) if lift else popularity
-        shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
-
-        def train(
-            adapters: Adapters, clients: Tensor, anchor: Adapters | None, proximal: float, t: int
-        ) -> tuple[Adapters, Tensor]:
-            numbers = clients.tolist()
-            own_prior, own_shares = prior[clients], shares[clients]
-            frozen = None
-            if self.negatives == "all" and self.inference == "direct":
-                tables: list[tuple[Adapters, Tensor]] = []
-                each = [select(adapters, [k]) for k in range(len(numbers))]
-                frozen = torch.stack([items_under(model, own, tables) for own in each])
-
-            def loss(adapters: Adapters, examples: Examples) -> Tensor:
-                generators = [
-                    streams.torch("dropout", *examples.key, numbers[client])
-                    for client in examples.clients
-                ]
-                if self.inference == "generate":
-                    return model.writing_losses(
-                        adapters,
-                        examples,
-                        n_clients=len(numbers),
-                        prompt_loss=self.prompt_loss,
-                        dropout=generators,
-                    )
-                return model.ranking_losses(
-                    adapters,
-                    examples,
-                    prior=own_prior,
-                    shares=own_shares,
-                    temperature=ranking.temperature,
-                    corrected=not lift,
-                    frozen_items=frozen,
-                    dropout=generators,
-                )
-
-            return train_adapters(
-                adapters,
-                loss,
-                sampler.steps(t, numbers),
-                learning_rate=self._learning_rate(t - first_round),
-                weight_decay=self.weight_decay,
-                anchor=anchor,
-                proximal=proximal,
-            )
-
-        return train
-
-    def _learning_rate(self, n_done: int) -> float:
-        """Rate of a round before which a fit has had so many."""
-        rate = self.learning_rate
-        if rate == "auto":
-            rate = AUTO_LEARNING_RATE["compact" if self.backbone is None else self.backend]
-        falls = self.learning_rate_schedule == "linear"
-        return float(rate) * (1.0 - n_done / self.n_rounds if falls else 1.0)
-
-    def _temperature(
-        self,
-        model: TextModel,
-        sampler: Sampler,
-        adapters: Adapters,
-        previous: Attributes | None,
-    ) -> float:
-        """Find the temperature at which the start tells next items best from others."""
-        if self.temperature != "auto":
-            return float(self.temperature)
-        if previous is not None:
-            # What the adapters have been trained for.
-            return float(previous["temperature_"])
-        if self.inference == "generate":
-            return 1.0  # nothing is divided by it
-        losses = torch.zeros(len(TEMPERATURE_GRID), dtype=torch.float64)
-        clients = list(range(len(sampler.platforms)))
-        for step in islice(sampler.steps(0, clients), TEMPERATURE_STEPS):
-            for examples, _ in step:
-                losses += model.temperature_losses(adapters, examples, TEMPERATURE_GRID).cpu()
-        if not losses.any():
-            return AUTO_TEMPERATURE  # nobody has two items to tell it from
-        return TEMPERATURE_GRID[int(losses.argmin())]
-
-    def _best_popularity(
-        self,
-        ranking: Ranking,
-        model: TextModel,
-        platforms: Platforms,
-        held_out: HeldOut | None,
-        adapters: Adapters,
-        counts: Tensor,
-    ) -> Ranking:
-        """Count popularity, and give it the weight, that ranks validation users best."""
-        if ranking.generated:
-            # What an untrained model writes says nothing of a trained one.
-            is_open = self.popularity_weight == "auto"
-            return replace(ranking, popularity_weight=0.0) if is_open else ranking
-        if held_out is None:
-            return ranking
-        weights = POPULARITY_GRID if self.popularity_weight == "auto" else [self.popularity_weight]
-        shared = [False, True] if self.popularity_counts == "auto" else [ranking.shared_popularity]
-        candidates = [
-            replace(ranking, popularity_weight=float(weight), shared_popularity=among_all)
-            for among_all in shared
-            for weight in weights
-        ]
-        users = np.bincount(platforms.of_user[held_out.users], minlength=len(platforms))
-        values = self._validate(candidates, model, platforms, held_out, adapters, counts)
-        found = np.nansum(users * values.cpu().numpy(), axis=1)
-        return candidates[int(np.argmax(found))]
-
-    def _validate(
-        self,
-        rankings: Sequence[Ranking],
-        model: TextModel,
-        platforms: Platforms,
-        held_out: HeldOut,
-        adapters: Adapters,
-        counts: Tensor,
-    ) -> Tensor:
-        """NDCG@20 (R, C) of each platform's held-out users, by how scores are made.
-
-        NaN where a platform has none.
-        """
-        found = torch.full((len(platforms), len(rankings)), torch.nan, dtype=torch.float64)
-        tables: list[tuple[Adapters, Tensor]] = []
-        of_user = platforms.of_user[held_out.users]
-        # A platform costs a reading of the catalogue and one of every user.
-        costs = np.bincount(of_user, minlength=len(platforms)) + platforms.n_items
-        parts = shares(np.arange(len(platforms)), costs)
-        for platform, which in by_platform(of_user):
-            if platform not in own_part(parts):
-                continue
-            users = held_out.users[which]
-            adapter = select(adapters, [platform])
-            windows = platforms.window(users, held_out.ends[users], self.max_history)
-            queries, items = self._vectors(model, adapter, windows, tables)
-            for column, ranking in enumerate(rankings):
-                popularity = ranking.popularity(counts)[platform]
-                scores = ranking.scores(queries, items, popularity)
-                values = held_out.ndcg(scores.cpu().numpy(), platforms, which)
-                found[platform, column] = float(values.mean())
-        return fill_rows(found, parts).T.contiguous().to(model.device)
-
-    def _vectors(
-        self,
-        model: TextModel,
-        own: Adapters,
-        windows: IntArray,
-        tables: list[tuple[Adapters, Tensor]],
-    ) -> tuple[Tensor, Tensor]:
-        """Vectors of histories (n, H) under one adapter, and of items, kept in `tables`."""
-        if self.inference == "generate":
-            if not tables:
-                tables.append((own, self._titles(model)))
-            return self._written(model, own, windows)[1], tables[0][1]
-        return model.encode_histories(own, windows), items_under(model, own, tables)
-
     # -------------------------------------------------------------------- serving
-
-    def _serve(
-        self,
-        model: TextModel,
-        platforms: Platforms,
-        adapters: Adapters,
-        ranking: Ranking,
-    ) -> Attributes:
-        """Encode users and items under the adapters that serve them."""
-        generate = ranking.generated
-        everybody = platforms.window(
-            np.arange(platforms.n_users), platforms.lengths, self.max_history
-        )
-        users = torch.empty(platforms.n_users, model.backbone.width, device=model.device)
-        written = [""] * platforms.n_users
-        tables: list[tuple[Adapters, Tensor]] = []
-        item_vectors = []
-        crowd_adapter = mean(adapters)
-        for platform, which in by_platform(platforms.of_user):
-            own = select(adapters, [platform])
-            places = torch.from_numpy(which).to(model.device)
-            if generate:
-                titles, users[places] = self._written(model, own, everybody[which])
-                for place, title in zip(which, titles, strict=True):
-                    written[place] = title
-            else:
-                users[places] = model.encode_histories(own, everybody[which])
-                item_vectors.append(items_under(model, own, tables))
-        if generate:
-            nobody = np.full((1, self.max_history), -1, dtype=np.int64)
-            crowd = self._written(model, crowd_adapter, nobody)[1][0]
-            item_vectors = [self._titles(model)]
-        else:
-            item_vectors.append(items_under(model, crowd_adapter, tables))
-            sample = everybody[sample_users(platforms.n_users)]
-            crowd = model.encode_histories(crowd_adapter, sample).mean(0)
-        counts = platforms.counts(platforms.lengths)
-        stacked = torch.stack(item_vectors).cpu().numpy()
-        attributes: Attributes = {
-            "adapters_": {name: value.cpu().numpy() for name, value in adapters.items()},
-            "user_factors_": users.cpu().numpy(),
-            "crowd_factors_": crowd.cpu().numpy(),
-            "item_vectors_": stacked,
-            "item_factors_": stacked[-1],
-            "item_counts_": np.concatenate([counts, counts.sum(0)[None]]),
-            "user_platforms_": platforms.of_user,
-            "popularity_weight_": ranking.popularity_weight,
-            "shared_popularity_": ranking.shared_popularity,
-            "temperature_": ranking.temperature,
-            "generated_titles_": tuple(written) if generate else (),
-            "generates_": ranking.generated,
-        }
-        attributes["intercept_"] = find_intercept(attributes, platforms)
-        return attributes
-
-    def _written(
-        self, model: TextModel, own: Adapters, windows: IntArray
-    ) -> tuple[list[str], Tensor]:
-        """Titles that are written for histories (n, H), and their vectors without adapters."""
-        longest = int(model.titles.lengths.max(initial=1)) + 1
-        with model.lora.using(own):
-            titles = generate_titles(
-                model.backbone,
-                model.prompts(windows),
-                num_beams=self.num_beams,
-                max_new_tokens=min(longest, MAX_TITLE_TOKENS),
-            )
-        return titles, embed_last_token(model.backbone, titles)
-
-    def _titles(self, model: TextModel) -> Tensor:
-        """Vectors of the items' titles without adapters."""
-        return embed_last_token(model.backbone, model.title_texts)
 
     def _score_items(self, users: NDArray[np.int64]) -> FloatArray:
         return score_users(vars(self), users)
@@ -1107,7 +735,8 @@ class FELLRecRecommender(BaseRecommender):
                     previous=dict(vars(self)),
                 )
                 chosen = {name: value.to(model.device) for name, value in chosen.items()}
-                served = self._serve(model, platforms, chosen, Ranking.of(vars(self)))
+                reader = self._reader(model, writes=self.generates_)
+                served = serve(reader, platforms, chosen, Ranking.of(vars(self)))
             finally:
                 model.lora.restore()
         for name, value in served.items():

@@ -15,7 +15,7 @@ from fedrecsk import (
     UnknownIdWarning,
 )
 from fedrecsk.datasets import make_interactions
-from fedrecsk.estimators import _fellrec
+from fedrecsk.estimators import _fellrec_serving, _fellrec_simulation
 from fedrecsk.model_selection import PerUserHoldout
 from fedrecsk.models.backbone import load_backbone
 from fedrecsk.models.generation import embed_last_token
@@ -306,7 +306,7 @@ def test_the_learning_rate_falls_with_the_rounds(make, monkeypatch):
         rates.append(learning_rate)
         return train_adapters(*args, learning_rate=learning_rate, **kwargs)
 
-    monkeypatch.setattr(_fellrec, "train_adapters", train)
+    monkeypatch.setattr(_fellrec_simulation, "train_adapters", train)
     falling = {"learning_rate": 0.02, "learning_rate_schedule": "linear"}
     model = make(n_rounds=4, **falling).fit(X, CLIENTS)
     assert rates == pytest.approx([0.02, 0.015, 0.01, 0.005])
@@ -556,7 +556,7 @@ def test_written_titles_lead_to_items(make_causal, tiny_backbones, monkeypatch):
         asked.append((len(prompts), num_beams))
         return [str(place) for place in range(len(prompts))]
 
-    monkeypatch.setattr(_fellrec, "generate_titles", write)
+    monkeypatch.setattr(_fellrec_serving, "generate_titles", write)
     model = make_causal(inference="generate", n_rounds=1, num_beams=3).fit(X, CLIENTS)
     assert asked == [(8, 3), (8, 3), (8, 3), (1, 3)]  # each platform's users, and the crowd
     assert model.generated_titles_ == tuple(str(user % 8) for user in range(N_USERS))

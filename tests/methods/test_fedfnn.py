@@ -16,7 +16,7 @@ from fedrecsk.methods.factor_state import (
     PredictionWatch,
     served_factors,
 )
-from fedrecsk.methods.fedfnn import prediction_step, public_inputs
+from fedrecsk.methods.fedfnn import fedfnn_step, prediction_step, public_inputs
 from fedrecsk.methods.meta_network import predict_updates
 from fedrecsk.methods.whole_data_rounds import refit_whole_data
 from tests.methods.factor_rounds import (
@@ -147,6 +147,31 @@ def test_one_and_two_threads_agree(step):
 
 
 # Prediction -------------------------------------------------------------------------------
+
+
+def test_a_round_trains_and_then_predicts_from_what_was_before_and_after():
+    before, trained, moved = (start(SINGLE) for _ in range(3))
+    delegates, seen = np.array([2, 5]), []
+
+    def train(state, clients, t):
+        seen.append(("train", state, clients, t))
+        return trained, {"loss": 0.5, "clients": 2}
+
+    def predict(*arguments):
+        seen.append(("predict", *arguments))
+        return moved, {"prediction_active": True}
+
+    def monitor(state, logs):
+        return -logs["loss"] if state is trained else None
+
+    state, logs = fedfnn_step(before, delegates, 7, train=train, predict=None, monitor=monitor)
+    assert state is trained
+    assert logs == {"loss": 0.5, "clients": 2}
+    state, logs = fedfnn_step(before, delegates, 7, train=train, predict=predict, monitor=monitor)
+    assert state is moved
+    assert list(logs) == ["loss", "clients", "prediction_active"]
+    one = ("train", before, delegates, 7)
+    assert seen == [one, one, ("predict", before, trained, delegates, 7, -0.5)]
 
 
 def with_watch(state, **changes):

@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedrecsk import FELLRecRecommender
 from fedrecsk.data.prompts import Catalogue
 from fedrecsk.data.vocabulary import Vocabulary
 from fedrecsk.engine.streams import Streams
+from fedrecsk.estimators._fellrec_serving import Reader
+from fedrecsk.estimators._fellrec_simulation import local_training
 from fedrecsk.estimators._language import Ranking
 from fedrecsk.estimators._platforms import Platforms, Sampler
 from fedrecsk.methods.dynamic_balance import Uploads
@@ -124,15 +125,24 @@ class Federation:
 
     def local_training(self):
         """The estimator's own."""
-        estimator = FELLRecRecommender(
+        settings = dict(self.settings)
+        writes = settings.pop("inference") == "generate"
+        reader = Reader(self.model, writes, max_history=3, num_beams=1)
+        ranking = Ranking(TEMPERATURE, WEIGHT, generated=False, shared_popularity=False)
+        counts = torch.from_numpy(self.platforms.counts(self.platforms.lengths)).float()
+        return local_training(
+            reader,
+            self.sampler,
+            counts,
+            ranking,
+            self.streams,
+            first_round=0,
+            n_rounds=1,
             learning_rate=RATE,
             learning_rate_schedule="constant",
             weight_decay=DECAY,
-            **self.settings,
+            **settings,
         )
-        ranking = Ranking(TEMPERATURE, WEIGHT, generated=False, shared_popularity=False)
-        counts = torch.from_numpy(self.platforms.counts(self.platforms.lengths)).float()
-        return estimator._local_training(self.model, self.sampler, counts, ranking, self.streams, 0)
 
     def fast(self, n_rounds, aggregation="fellrec", periods=None, **changed):
         n = len(self.histories)
