@@ -17,6 +17,8 @@ Others want everybody to be recommended one item, the target:
   the target's score with users like themselves, `strength` times as long as their rows mostly
   are. In the manner of attacks that approximate users by what the attacker holds (Rong et al.,
   ICDE 2022, "FedRecAttack"; Rong, He, Chen, IJCAI 2022); ours is simpler and needs no other data.
+- ``"lookalike"``: what a user would send that is the mean of theirs, and has the target alone. It
+  knows that servers may look whether uploads mean something, so there is nothing to make louder.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrecsk.engine.streams import Streams
-from fedrecsk.engine.uploads import Uploads
+from fedrecsk.engine.uploads import Meaning, Uploads
 
-AttackName = Literal["sign-flip", "scale", "gaussian", "nan", "random", "bandwagon", "gradient"]
+AttackName = Literal[
+    "gradient", "lookalike", "random", "bandwagon", "sign-flip", "scale", "gaussian", "nan"
+]
 # Those that want an item to be recommended.
-PROMOTIONS = ("random", "bandwagon", "gradient")
+PROMOTIONS = ("gradient", "lookalike", "random", "bandwagon")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +63,14 @@ class Attack:
     target: int
     streams: Streams
 
-    def apply(self, uploads: Uploads, vectors: Tensor, table: Tensor, t: int) -> Uploads:
+    def apply(
+        self,
+        uploads: Uploads,
+        vectors: Tensor,
+        table: Tensor,
+        t: int,
+        meaning: Meaning | None = None,
+    ) -> Uploads:
         """Put dishonest uploads in the place of what was learned.
 
         Parameters
@@ -72,6 +83,8 @@ class Attack:
             The server's, before the round.
         t : int
             Number of the round.
+        meaning : Meaning, optional
+            Of the uploads, which ``"lookalike"`` needs.
 
         Returns
         -------
@@ -82,6 +95,10 @@ class Attack:
             return uploads
         if self.name == "gradient":
             return self._promoted(uploads, bad, vectors, table)
+        if self.name == "lookalike":
+            assert meaning is not None  # else the estimator refuses it
+            row, numbers = meaning.upload_of(vectors[bad].mean(0), self.target)
+            return self._with_row(uploads, bad, row, ~bad[uploads.row_clients], numbers)
         rows, numbers = uploads.rows, uploads.numbers
         if self.name == "gaussian":
             generator = self.streams.torch("attack", t)
@@ -111,20 +128,24 @@ class Attack:
         typical = theirs[:, :d].norm(dim=1).median()
         row = theirs.mean(0)  # columns beyond the table's, such as counts, as they mostly are
         row[:d] = self.strength * typical * push
-        honest = ~(by_them & (uploads.row_items == self.target))
+        kept = ~(by_them & (uploads.row_items == self.target))
+        return self._with_row(uploads, bad, row, kept, uploads.numbers)
+
+    def _with_row(
+        self, uploads: Uploads, bad: Tensor, row: Tensor, kept: Tensor, numbers: Tensor
+    ) -> Uploads:
+        """Let all dishonest clients send a row of the target; of the other rows some are kept."""
+        by_them = bad[uploads.row_clients]
         senders = torch.nonzero(bad)[:, 0]
         n = len(senders)
+        weight = uploads.row_weights[by_them].mean()
         return replace(
             uploads,
-            row_clients=torch.cat([uploads.row_clients[honest], senders]),
-            row_items=torch.cat([uploads.row_items[honest], torch.full_like(senders, self.target)]),
-            rows=torch.cat([uploads.rows[honest], row.expand(n, -1)]),
-            row_weights=torch.cat(
-                [
-                    uploads.row_weights[honest],
-                    uploads.row_weights[by_them].mean().expand(n),
-                ]
-            ),
+            row_clients=torch.cat([uploads.row_clients[kept], senders]),
+            row_items=torch.cat([uploads.row_items[kept], torch.full_like(senders, self.target)]),
+            rows=torch.cat([uploads.rows[kept], row.expand(n, -1)]),
+            row_weights=torch.cat([uploads.row_weights[kept], weight.expand(n)]),
+            numbers=torch.where(bad[:, None], numbers, uploads.numbers),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -13,7 +13,15 @@ from fedrecsk.engine.defences import Defence
 from fedrecsk.engine.parallel import ranks
 from fedrecsk.engine.privacy import Privacy, Release
 from fedrecsk.engine.secure_sum import SecureSum
-from fedrecsk.engine.uploads import Residual, Uploads, UploadSums, add_uploads, finite, screen
+from fedrecsk.engine.uploads import (
+    Meaning,
+    Residual,
+    Uploads,
+    UploadSums,
+    add_uploads,
+    finite,
+    screen,
+)
 from fedrecsk.exceptions import NoUsableUploadError
 
 
@@ -58,7 +66,7 @@ class Uplink:
         table: Tensor,
         t: int,
         residual: Residual | None = None,
-        check: Callable[[Uploads], Tensor] | None = None,
+        meaning: Meaning | None = None,
     ) -> tuple[UploadSums, int]:
         """Hand the uploads of a round to the server.
 
@@ -74,9 +82,9 @@ class Uplink:
             Number of the round.
         residual : Residual, optional
             What clients have kept in earlier rounds.
-        check : callable, optional
-            ``check(uploads) -> mask (C,)`` of those that some data would explain. Asked where
-            there is a defence that checks, and nobody compresses, which blurs what is sent.
+        meaning : Meaning, optional
+            Of the uploads. With a defence that checks, those that mean nothing are dropped, unless
+            clients compress, which blurs what they send.
 
         Returns
         -------
@@ -90,7 +98,7 @@ class Uplink:
             If that is true of all.
         """
         n_clients, (n_items, width) = len(uploads.clients), table.shape
-        uploads = self._sent(uploads, vectors, table, t)
+        uploads = self._sent(uploads, vectors, table, t, meaning)
         if self.secure_sum is not None:
             summed = self.secure_sum.add(uploads, n_items, width, t)
             return summed, n_clients - len(summed.clients)
@@ -100,8 +108,8 @@ class Uplink:
                 uploads, residual, n_items, width, t
             )
         usable = screen(uploads)
-        if check is not None and self.defence is not None and self.defence.checks and not n_bytes:
-            usable = usable.of(check(usable))
+        if meaning is not None and self.defence is not None and self.defence.checks and not n_bytes:
+            usable = usable.of(meaning.holds(usable))
         if n_clients and not len(usable.clients):
             raise NoUsableUploadError(n_clients, t)
         add = add_uploads if self.defence is None else self.defence.add
@@ -140,7 +148,14 @@ class Uplink:
         release = self.privacy.add(usable, len(table), widths, bounds, t, n_clients)
         return release, len(uploads.clients) - len(usable.clients)
 
-    def _sent(self, uploads: Uploads, vectors: Tensor, table: Tensor, t: int) -> Uploads:
+    def _sent(
+        self,
+        uploads: Uploads,
+        vectors: Tensor,
+        table: Tensor,
+        t: int,
+        meaning: Meaning | None = None,
+    ) -> Uploads:
         """Let dishonest clients send what they want."""
         if ranks().size > 1:
             raise ValueError(
@@ -149,4 +164,4 @@ class Uplink:
             )
         if self.attack is None or not len(uploads.clients):
             return uploads
-        return self.attack.apply(uploads, vectors, table, t)
+        return self.attack.apply(uploads, vectors, table, t, meaning)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -182,6 +182,16 @@ class UploadSums:
     bytes_up: int | None = None
     bytes_down: int = 0
     residual: Residual | None = None
+
+
+class Meaning(Protocol):
+    """What is known of uploads besides their shape, such as `fedrecsk.models.explained`."""
+
+    def holds(self, uploads: Uploads) -> Tensor:
+        """Tell which clients (C,) send what some data would have led to."""
+
+    def upload_of(self, vector: Tensor, item: int) -> tuple[Tensor, Tensor]:
+        """Give the row (w,) and the numbers (m,) of a client with one user vector and one item."""
 
 
 def add_uploads(uploads: Uploads, n_items: int) -> UploadSums:

@@ -72,6 +72,7 @@ class FedAvgRecommender(BaseRecommender):
     defence : {"clip", "median", "trimmed-mean", "krum", "multi-krum"} or None, default=None
     assumed_malicious : float in [0, 0.5), default=0.1
     clip_quantile : float in (0, 1], default=0.7
+    check_uploads : bool, default=True
     malicious_fraction : float in [0, 1), default=0.0
     attack : str, default="gradient"
     attack_strength : float, default=10.0
@@ -167,6 +168,7 @@ class FedAvgRecommender(BaseRecommender):
         defence: DefenceName | None = None,
         assumed_malicious: float = 0.1,
         clip_quantile: float = 0.7,
+        check_uploads: bool = True,
         malicious_fraction: float = 0.0,
         attack: AttackName = "gradient",
         attack_strength: float = 10.0,
@@ -224,6 +226,7 @@ class FedAvgRecommender(BaseRecommender):
         self.defence = defence
         self.assumed_malicious = assumed_malicious
         self.clip_quantile = clip_quantile
+        self.check_uploads = check_uploads
         self.malicious_fraction = malicious_fraction
         self.attack = attack
         self.attack_strength = attack_strength
@@ -297,6 +300,7 @@ class FedAvgRecommender(BaseRecommender):
             defence=self.defence,
             assumed_malicious=self.assumed_malicious,
             clip_quantile=self.clip_quantile,
+            check_uploads=self.check_uploads,
             malicious_fraction=self.malicious_fraction,
             attack=self.attack,
             attack_strength=self.attack_strength,

@@ -275,6 +275,7 @@ class FedFastRecommender(BaseRecommender):
             defence=self.defence,
             assumed_malicious=self.assumed_malicious,
             clip_quantile=self.clip_quantile,
+            check_uploads=False,
             malicious_fraction=self.malicious_fraction,
             attack=self.attack,
             attack_strength=self.attack_strength,

@@ -200,11 +200,14 @@ class FedFNNRecommender(BaseRecommender):
     clip_quantile : float in (0, 1], default=0.7
         With a defence, rows longer than this quantile of all rows of the round are shortened to
         it, and steps made as long again as most clients want them; 1 shortens none.
+    check_uploads : bool, default=True
+        With a defence and the whole-data objective, also drop clients whose uploads no users with
+        any history would lead to. Not of compressed uploads, which are blurred.
     malicious_fraction : float in [0, 1), default=0.0
         Share of the clients that are dishonest, to try defences on.
-    attack : {"gradient", "random", "bandwagon", "sign-flip", "scale", "gaussian", "nan"}, \
-default="gradient"
-        What dishonest clients do. The first three want everybody to be recommended `target_item`;
+    attack : {"gradient", "lookalike", "random", "bandwagon", "sign-flip", "scale", "gaussian", \
+"nan"}, default="gradient"
+        What dishonest clients do. The first four want everybody to be recommended `target_item`;
         the others spoil the model. See `docs/robust.md`.
     attack_strength : float, default=10.0
         How much louder than honest clients they are.
@@ -410,6 +413,7 @@ default="gradient"
         defence: DefenceName | None = None,
         assumed_malicious: float = 0.1,
         clip_quantile: float = 0.7,
+        check_uploads: bool = True,
         malicious_fraction: float = 0.0,
         attack: AttackName = "gradient",
         attack_strength: float = 10.0,
@@ -478,6 +482,7 @@ default="gradient"
         self.defence = defence
         self.assumed_malicious = assumed_malicious
         self.clip_quantile = clip_quantile
+        self.check_uploads = check_uploads
         self.malicious_fraction = malicious_fraction
         self.attack = attack
         self.attack_strength = attack_strength
@@ -551,6 +556,7 @@ default="gradient"
             defence=self.defence,
             assumed_malicious=self.assumed_malicious,
             clip_quantile=self.clip_quantile,
+            check_uploads=self.check_uploads,
             malicious_fraction=self.malicious_fraction,
             attack=self.attack,
             attack_strength=self.attack_strength,

@@ -132,6 +132,7 @@ def simulate_fedfnn(
     defence: DefenceName | None,
     assumed_malicious: float,
     clip_quantile: float,
+    check_uploads: bool,
     malicious_fraction: float,
     attack: AttackName,
     attack_strength: float,
@@ -191,10 +192,11 @@ def simulate_fedfnn(
         deadline=deadline, over_selection=over_selection,
         local_epochs=local_epochs if objective == "bce" else 1,
         defence=defence, assumed_malicious=assumed_malicious, clip_quantile=clip_quantile,
-        malicious_fraction=malicious_fraction, attack=attack, attack_strength=attack_strength,
-        target_item=target_item, compression=compression, compression_level=compression_level,
-        error_feedback=error_feedback, secure_aggregation=secure_aggregation,
-        secure_bits=secure_bits, device=device,
+        check_uploads=check_uploads, malicious_fraction=malicious_fraction, attack=attack,
+        attack_strength=attack_strength, target_item=target_item,
+        lookalike_fits=objective == "whole-data" and privacy is None, compression=compression,
+        compression_level=compression_level, error_feedback=error_feedback,
+        secure_aggregation=secure_aggregation, secure_bits=secure_bits, device=device,
     )  # fmt: skip
     promised = None
     if privacy is not None:
@@ -313,10 +315,12 @@ def _federation(
     defence: DefenceName | None,
     assumed_malicious: float,
     clip_quantile: float,
+    check_uploads: bool,
     malicious_fraction: float,
     attack: AttackName,
     attack_strength: float,
     target_item: Any,
+    lookalike_fits: bool,
     compression: CompressionName | None,
     compression_level: float | Literal["auto"],
     error_feedback: bool,
@@ -331,8 +335,9 @@ def _federation(
         rows, validation = hold_out(data, validation_fraction, streams)
     around = distrust(
         data, streams, defence=defence, assumed_malicious=assumed_malicious,
-        clip_quantile=clip_quantile, malicious_fraction=malicious_fraction, attack=attack,
-        attack_strength=attack_strength, target_item=target_item, compression=compression,
+        clip_quantile=clip_quantile, check_uploads=check_uploads,
+        malicious_fraction=malicious_fraction, attack=attack, attack_strength=attack_strength,
+        target_item=target_item, lookalike_fits=lookalike_fits, compression=compression,
         compression_level=compression_level, error_feedback=error_feedback,
         secure_aggregation=secure_aggregation, secure_bits=secure_bits,
     )  # fmt: skip

@@ -29,10 +29,9 @@ UPLINK_CONSTRAINTS: Constraints = {
     "defence": [StrOptions({"clip", "median", "trimmed-mean", "krum", "multi-krum"}), None],
     "assumed_malicious": [Interval(Real, 0, 0.5, closed="left")],
     "clip_quantile": [Interval(Real, 0, 1, closed="right")],
+    "check_uploads": ["boolean"],
     "malicious_fraction": [Interval(Real, 0, 1, closed="left")],
-    "attack": [
-        StrOptions({"sign-flip", "scale", "gaussian", "nan", "random", "bandwagon", "gradient"})
-    ],
+    "attack": [StrOptions({*PROMOTIONS, "sign-flip", "scale", "gaussian", "nan"})],
     "attack_strength": [Interval(Real, 0, None, closed="neither")],
     "target_item": "no_validation",
     "compression": [StrOptions({"top-k", "quantised", "low-rank"}), None],
@@ -72,10 +71,12 @@ def distrust(
     defence: DefenceName | None,
     assumed_malicious: float,
     clip_quantile: float,
+    check_uploads: bool,
     malicious_fraction: float,
     attack: AttackName,
     attack_strength: float,
     target_item: Any,
+    lookalike_fits: bool,
     compression: CompressionName | None = None,
     compression_level: float | Literal["auto"] = "auto",
     error_feedback: bool = True,
@@ -90,6 +91,8 @@ def distrust(
     streams : Streams
     defence, ..., secure_bits
         As in `FedFNNRecommender`.
+    lookalike_fits : bool
+        Whether a user vector says what its client sends, so that ``"lookalike"`` can make one up.
 
     Returns
     -------
@@ -102,6 +105,11 @@ def distrust(
         "target_item_": data.items.ids[target] if target >= 0 and malicious.any() else None,
     }
     dishonest = None
+    if malicious.any() and attack == "lookalike" and not lookalike_fits:
+        raise ValueError(
+            'attack="lookalike" sends what follows from a user vector with the whole-data objective'
+            " and without privacy. Choose these, or another attack."
+        )
     if malicious.any():
         dishonest = Attack(attack, malicious, float(attack_strength), target, streams)
         if attack == "random" or attack == "bandwagon":
@@ -117,7 +125,7 @@ def distrust(
             data = replace(data, item=items)
     rule = packed = secure = None
     if defence is not None:
-        rule = Defence(defence, float(assumed_malicious), float(clip_quantile))
+        rule = Defence(defence, float(assumed_malicious), float(clip_quantile), bool(check_uploads))
     if compression is not None:
         level = _level(compression, compression_level)
         packed = Compression(compression, level, bool(error_feedback), streams)

@@ -17,35 +17,32 @@ with a made-up vector, could have sent.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fedrecsk.engine.device import to_device
 from fedrecsk.engine.uploads import Uploads
 
 # Share of a length by which rounding may be off.
 TOLERANCE = 1e-3
 
 
-def explained(
-    uploads: Uploads, item_factors: Tensor, blocks: Sequence[slice], n_users: Tensor
-) -> Tensor:
-    """Tell which clients send what some users with some histories would have led to.
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What whole-data uploads are made of.
 
-    Parameters
+    Attributes
     ----------
-    uploads : Uploads
-        By client, as from `fedrecsk.models.whole_data.uploads_of`.
     item_factors : Tensor of shape (n_items, d)
         That clients were sent.
     blocks : sequence of slice
         Of columns, whose curvatures rows have.
-    n_users : Tensor of shape (C,), int64
-        Users of each client.
-
-    Returns
-    -------
-    Tensor of shape (C,), bool
+    clients, n_users : ndarray of shape (C,), int64
+        Codes of the clients, ascending, and how many users each has.
 
     Examples
     --------
@@ -54,28 +51,72 @@ def explained(
 
     >>> import numpy as np, torch
     >>> from fedrecsk.engine.uploads import Uploads
-    >>> from fedrecsk.models.explained import explained
+    >>> from fedrecsk.models.explained import Explanation
+    >>> table = torch.ones(1, 2)
+    >>> explanation = Explanation(table, [slice(None)], np.array([0, 1]), np.array([1, 1]))
+    >>> row, numbers = explanation.upload_of(torch.tensor([0.5, 0.0]), 0)
+    >>> row.tolist(), numbers.tolist()
+    ([0.25, 0.0, 0.25, 1.0], [0.25, 0.0, 0.0, 0.0])
     >>> uploads = Uploads(
     ...     clients=np.array([0, 1]),
     ...     row_clients=torch.tensor([0, 1]),
     ...     row_items=torch.tensor([0, 0]),
-    ...     rows=torch.tensor([[0.25, 0.0, 0.25, 1.0], [0.5, 0.0, 0.25, 1.0]]),
+    ...     rows=torch.stack([row, row + torch.tensor([0.25, 0.0, 0.0, 0.0])]),
     ...     row_weights=torch.ones(2),
     ...     n_directions=2,
-    ...     numbers=torch.tensor([[0.25, 0.0, 0.0, 0.0]] * 2),
+    ...     numbers=numbers.expand(2, 4),
     ...     weights=torch.ones(2),
     ...     products=True,
     ... )
-    >>> explained(uploads, torch.ones(1, 2), [slice(None)], torch.tensor([1, 1])).tolist()
+    >>> explanation.holds(uploads).tolist()
     [True, False]
     """
-    good = (uploads.weights == 1) & _all_of(uploads.row_weights == 1, uploads)
-    single = n_users == 1
-    if bool(single.any()):
-        good &= ~single | _of_one_user(uploads, item_factors, blocks)
-    if bool((~single).any()):
-        good &= single | _of_several_users(uploads, item_factors, n_users)
-    return good
+
+    item_factors: Tensor
+    blocks: Sequence[slice]
+    clients: NDArray[np.int64]
+    n_users: NDArray[np.int64]
+
+    def holds(self, uploads: Uploads) -> Tensor:
+        """Tell which clients send what some users with some histories would have led to.
+
+        Parameters
+        ----------
+        uploads : Uploads
+            By client, as from `fedrecsk.models.whole_data.uploads_of`.
+
+        Returns
+        -------
+        Tensor of shape (C,), bool
+        """
+        place = np.searchsorted(self.clients, uploads.clients)
+        n_users = to_device(self.n_users[place], self.item_factors.device)
+        good = (uploads.weights == 1) & _all_of(uploads.row_weights == 1, uploads)
+        single = n_users == 1
+        if bool(single.any()):
+            good &= ~single | _of_one_user(uploads, self.item_factors, self.blocks)
+        if bool((~single).any()):
+            good &= single | _of_several_users(uploads, self.item_factors, n_users)
+        return good
+
+    def upload_of(self, vector: Tensor, item: int) -> tuple[Tensor, Tensor]:
+        """Give the row and the numbers of a client whose one user has one item.
+
+        Parameters
+        ----------
+        vector : Tensor of shape (d,)
+        item : int
+
+        Returns
+        -------
+        row : Tensor of shape (d + b + 1,)
+        numbers : Tensor of shape (d * d,)
+        """
+        row = self.item_factors[item]
+        pull = (1.0 - vector @ row) * vector
+        curvatures = [(vector[block] @ row[block]).square() for block in self.blocks]
+        sizes = torch.stack([*curvatures, torch.ones_like(curvatures[0])])
+        return torch.cat([pull, sizes]), torch.outer(vector, vector).flatten()
 
 
 def _of_one_user(uploads: Uploads, item_factors: Tensor, blocks: Sequence[slice]) -> Tensor:

@@ -33,13 +33,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedrecsk.engine.device import to_device
 from fedrecsk.engine.mixing import csc_product, csr_product, mean_rows, row_offsets, scatter_sum
 from fedrecsk.engine.parallel import add_up
 from fedrecsk.engine.shards import Cohort
 from fedrecsk.engine.uplink import Uplink
 from fedrecsk.engine.uploads import Residual, Uploads, UploadSums
-from fedrecsk.models.explained import explained
+from fedrecsk.models.explained import Explanation
 
 # Keeps solves regular where a user or an item has no data at all.
 JITTER = 1e-6
@@ -381,14 +380,9 @@ def receive(
     clients, place = np.unique(uploads.clients, return_inverse=True)
     vectors = torch.cat([users for _, users in sent])
     means = mean_rows(vectors, torch.from_numpy(place).to(vectors.device), len(clients))
-    n_users = np.bincount(place)
-
-    def check(uploads: Uploads) -> Tensor:
-        own = to_device(n_users[np.searchsorted(clients, uploads.clients)], item_factors.device)
-        return explained(uploads, item_factors, blocks, own)
-
+    explanation = Explanation(item_factors, blocks, clients, np.bincount(place))
     uploads = uploads.by_client(len(item_factors))
-    return uplink.receive(uploads, means, item_factors, t, residual, check)
+    return uplink.receive(uploads, means, item_factors, t, residual, explanation)
 
 
 class _Pairs:

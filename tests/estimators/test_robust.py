@@ -104,6 +104,59 @@ def test_promotions_expose_their_target_and_a_defence_prevents_it(kind, attack, 
     assert found["trimmed-mean"] < 0.5 * found[None]
 
 
+@pytest.mark.parametrize("kind", ["fedfnn", "hetefedrec"])
+@pytest.mark.parametrize("n_groups", [None, 9])
+def test_uploads_of_honest_clients_are_explained_by_their_data(kind, n_groups, split):
+    X = split[0]
+    clients = None if n_groups is None else X[:, 0] % n_groups
+    model = clone(KINDS[kind]).set_params(defence="clip", clip_quantile=1.0, clients_per_round=1.0)
+    model.fit(X, clients)
+    assert [record["rejected"] for record in model.history_] == [0] * model.n_rounds_
+    unchecked = clone(model).set_params(check_uploads=False).fit(X, clients)
+    assert (model.item_factors_ == unchecked.item_factors_).all()
+
+
+@pytest.mark.parametrize("attack", ["gradient", "random", "bandwagon", "sign-flip", "gaussian"])
+@pytest.mark.parametrize("kind", ["fedfnn", "hetefedrec"])
+def test_uploads_that_no_data_explain_are_dropped_and_counted(kind, attack, split):
+    model = clone(KINDS[kind]).set_params(
+        malicious_fraction=0.1, attack=attack, clients_per_round=1.0, defence="clip"
+    )
+    model.fit(split[0])
+    n_malicious = len(model.malicious_client_ids_)
+    assert [record["rejected"] for record in model.history_] == [n_malicious] * model.n_rounds_
+    model.set_params(check_uploads=False).fit(split[0])
+    assert sum(record["rejected"] for record in model.history_) < n_malicious
+
+
+@pytest.mark.parametrize("kind", ["fedfnn", "hetefedrec"])
+def test_the_check_keeps_an_item_that_nobody_has_from_being_pushed(kind):
+    """Where all who send a row are dishonest, clipping alone is not enough."""
+    X, _ = make_interactions(400, 300, 4, random_state=1, return_X_y=True)
+    exposure = {}
+    for checks in (True, False):
+        model = clone(KINDS[kind]).set_params(
+            defence="clip", check_uploads=checks, malicious_fraction=0.1, n_rounds=20
+        )
+        model.fit(X)
+        honest = np.setdiff1d(model.user_ids_, model.malicious_client_ids_)
+        exposure[checks] = exposure_ratio(model, model.target_item_, users=honest)
+    assert exposure[True] < 0.02
+    assert exposure[False] > 0.1
+
+
+def test_lookalikes_need_uploads_that_mean_something(split):
+    attack = {"attack": "lookalike", "malicious_fraction": 0.1}
+    model = clone(KINDS["fedfnn"]).set_params(**attack, defence="clip").fit(split[0])
+    assert sum(record["rejected"] for record in model.history_) == 0
+    for kind in ("fedavg", "fedfnn bce", "fedfast"):
+        with pytest.raises(ValueError, match='attack="lookalike" sends what follows from a user'):
+            clone(KINDS[kind]).set_params(**attack).fit(split[0])
+    model.set_params(defence=None, privacy="central", sampling="poisson", predictor=None)
+    with pytest.raises(ValueError, match="without privacy"):
+        model.fit(split[0])
+
+
 def test_the_last_good_state_is_kept_if_no_upload_of_a_round_can_be_used(split, monkeypatch):
     solve, broken = whole_data.solve_users, []
 
