@@ -109,7 +109,7 @@ class Plan:
 
     def epsilons(self) -> list[float]:
         """Give epsilon after each round, all that was spent before included."""
-        if self.charge.noise_multiplier == 0:
+        if any(charge.noise_multiplier == 0 for charge in (*self.spent, self.charge)):
             return [math.inf] * len(self.turns)
         return list(_epsilons(self))
 
