@@ -753,12 +753,16 @@ def simulate_fedfnn(
     # A refit replaces every vector that was only predicted before it is read; predictions that
     # training starts from leave their traces.
     kind = None if refit and (objective == "whole-data" or anchor) else predictor
+    size = cohort_size(clients_per_round, data.n_clients)
     if secure_aggregation:
         check_sums_suffice(
             defence=defence,
             compression=compression,
             predicts=kind is not None,
             sampling=sampling,
+            secure_bits=secure_bits,
+            cohort=size,
+            n_clients=data.n_clients,
         )
     rows: NDArray[np.bool_] | slice = slice(None)
     validation = None
@@ -781,7 +785,6 @@ def simulate_fedfnn(
         secure_bits=secure_bits,
     )
     shards = make_shards(around.data, rows, resolve_device(device))
-    size = cohort_size(clients_per_round, data.n_clients)
     participation = read_participation(
         data.clients.ids,
         shards.client_rows,

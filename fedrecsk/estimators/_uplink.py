@@ -19,7 +19,7 @@ from fedrecsk.engine.attacks import (
 )
 from fedrecsk.engine.compression import Compression, CompressionName
 from fedrecsk.engine.defences import Defence, DefenceName
-from fedrecsk.engine.secure_sum import SecureSum
+from fedrecsk.engine.secure_sum import SecureSum, steps
 from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.uplink import Uplink
 from fedrecsk.estimators._base import Attributes
@@ -133,16 +133,28 @@ def check_sums_suffice(
     compression: CompressionName | None,
     predicts: bool,
     sampling: str,
+    secure_bits: int,
+    cohort: int,
+    n_clients: int,
 ) -> None:
-    """Refuse secure aggregation where somebody wants to see more than sums.
+    """Refuse secure aggregation where somebody wants to see more than sums, or a sum is no secret.
 
     Parameters
     ----------
-    defence, compression, sampling
+    defence, compression, sampling, secure_bits
         As in `FedFNNRecommender`.
     predicts : bool
         Whether a predictor is at work.
+    cohort : int
+        Clients in a round, of `n_clients`.
     """
+    if cohort < 2:
+        raise ValueError(
+            f"A round has a single client, of {n_clients} in all, and its upload would be the sum "
+            "that secure_aggregation hides it in. Raise clients_per_round, or leave "
+            "secure_aggregation out."
+        )
+    steps(secure_bits, cohort)  # or the first round would find out
     reasons = []
     if defence is not None:
         what = "lengths" if defence == "clip" else "values"

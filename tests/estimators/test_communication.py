@@ -95,13 +95,24 @@ def test_who_wants_to_see_more_than_sums_is_refused(kind, changes, reason, split
     model.set_params(secure_aggregation=False, n_rounds=1).fit(split[0])
 
 
-def test_a_ring_too_small_for_the_cohort_is_refused(split):
+def test_a_ring_too_small_for_the_cohort_is_refused_before_the_first_round(split):
     model = clone(KINDS["fedfnn"]).set_params(secure_aggregation=True, secure_bits=6)
+    rounds = []
+
+    def everybody(number, client_ids):
+        rounds.append(number)
+        return np.ones(len(client_ids))
+
+    model.set_params(availability=everybody)
     with pytest.raises(ValueError, match=r"secure_bits=6 holds sums of at most 31 clients.* 60"):
         model.fit(split[0])
     model.set_params(clients_per_round=1)
-    with pytest.raises(ValueError, match="single client"):
+    with pytest.raises(ValueError, match="single client, of 120 in all"):
         model.fit(split[0])
+    model.set_params(clients_per_round=1.0)
+    with pytest.raises(ValueError, match="single client, of 1 in all"):
+        model.fit(split[0], np.zeros(len(split[0])))
+    assert rounds == []
 
 
 # Compression ------------------------------------------------------------------------------
