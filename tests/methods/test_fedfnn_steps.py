@@ -1106,9 +1106,9 @@ def test_bytes_of_a_round_with_a_head_are_those_without_and_the_head_both_ways(s
 @STEPS
 @pytest.mark.parametrize("predictor", ["linear", "cluster"])
 def test_prediction_sends_nothing(step, predictor):
-    """It happens on the server; of BCE rounds the bytes are those of FedAvg."""
+    """It happens on the server; of plain BCE rounds the bytes are those of FedAvg."""
     plain, more = start(SINGLE), start(SINGLE)
-    fedavg = {"item_weighting": "fedavg", "server_optimizer": ADD} if step is not exact else {}
+    fedavg = {"item_weighting": "fedavg", "server_optimizer": ADD} if step is bce else {}
     for t in range(2):
         plain, without = step(plain, SINGLE, t, **fedavg)
         more, logs = step(more, SINGLE, t, predictor=predictor, **LITERAL)
