@@ -36,6 +36,8 @@ PLD_GRID = 1e-3
 # Relative width of the interval in which a fitting noise is looked for.
 NOISE_TOLERANCE = 1e-3
 MOST_NOISE = 1e6
+# Much noise costs what cannot be told from zero, which has no logarithm.
+LEAST_EPSILON = 1e-300
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,12 @@ class Plan:
 
     def epsilons(self) -> list[float]:
         """Give epsilon after each round, all that was spent before included."""
-        if self.charge.noise_multiplier == 0:
+        if any(charge.noise_multiplier == 0 for charge in (*self.spent, self.charge)):
             return [math.inf] * len(self.turns)
-        return list(_epsilons(self))
+        try:
+            return list(_epsilons(self))
+        except OverflowError:  # with hardly any noise, losses are beyond what a float holds
+            return [math.inf] * len(self.turns)
 
     def affordable(self, target: float) -> int:
         """Count the rounds after which epsilon is at most `target`."""
@@ -156,7 +161,8 @@ def _fitting_noise(plan: Plan, target: float) -> float:
     last = replace(plan, turns=plan.turns[-1:])
 
     def excess(log_noise: float) -> float:  # nearly a straight line, which few looks will find
-        return math.log(last.with_noise(math.exp(log_noise)).epsilons()[0] / target)
+        epsilon = last.with_noise(math.exp(log_noise)).epsilons()[0]
+        return math.log(max(epsilon, LEAST_EPSILON) / target)
 
     high = 0.0
     while excess(high) > 0:
@@ -296,7 +302,7 @@ def _silence() -> Iterator[None]:
     before = log.level
     log.setLevel(logging.ERROR)
     try:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", divide="ignore"):
             yield
     finally:
         log.setLevel(before)

@@ -298,7 +298,8 @@ def _distances(uploads: Uploads, n_items: int) -> Tensor:
         common += sent @ sent.T
     apart = (own + own.T - 2.0 * products).clamp_min(0.0) / common.clamp_min(1.0)
     strangers = common == 0
-    known = apart[~strangers]
+    # Without the diagonal: where few pairs have rows in common, its zeros would be the median.
+    known = apart[~strangers & ~torch.eye(n_clients, dtype=torch.bool, device=apart.device)]
     if len(known):
         apart = torch.where(strangers, known.median(), apart)
     numbers = uploads.numbers.double()

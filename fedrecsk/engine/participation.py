@@ -255,7 +255,11 @@ class Participation:
             return self.availability
         ids = self.client_ids.view()
         ids.flags.writeable = False
-        answer = np.asarray(self.availability(t + 1, ids))
+        given = self.availability(t + 1, ids)
+        try:
+            answer = np.asarray(given)
+        except ValueError:  # lists of different lengths
+            answer = np.empty((), dtype=object)
         if answer.shape != ids.shape or answer.dtype.kind not in "biuf":
             raise ValueError(
                 f"availability(round, client_ids) must return a truth value or a probability for "

@@ -429,7 +429,7 @@ def head_before(
     item_propagation: bool = False,
 ) -> Head:
     """Put the previous head in the place of a fresh one."""
-    flat = torch.from_numpy(previous["network_"])
+    flat = torch.tensor(previous["network_"])  # copies, see `_head`
     graph = (previous["n_graph_layers_"], previous["item_propagation_"])
     if len(flat) != len(flat_head(head)) or graph != (n_graph_layers, item_propagation):
         raise ValueError(
@@ -445,7 +445,7 @@ def _statistics_before(
 ) -> ServerStatistics:
     """Put what the server knew of known items in their places; new items have no evidence."""
     fresh = state.statistics
-    gram = torch.from_numpy(previous["user_gram_"]).to(fresh.gram)
+    gram = torch.tensor(previous["user_gram_"]).to(fresh.gram)  # a copy, see `_head`
     if gram.shape != fresh.gram.shape:  # another objective, whose statistics mean other things
         return fresh
     codes, known = Vocabulary(previous["item_ids_"]).encode(data.items.ids)

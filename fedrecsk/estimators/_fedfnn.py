@@ -235,7 +235,8 @@ class FedFNNRecommender(BaseRecommender):
         uploads, or uploads by each client. `docs/privacy.md` says what that protects and what
         not. Refused with what would look at clients past the noise: defences, early stopping,
         ``sampling="stratified"``, predictions that are read, and with ``"bce"`` other item
-        weightings than ``"fedavg"``. With it every client weighs the same.
+        weightings than ``"fedavg"``; also with clients that may fail, compression and secure
+        aggregation. With it every client weighs the same.
     noise_multiplier : float or "auto", default=1.0
         Standard deviation of the noise over the length that uploads are clipped to. ``"auto"``:
         the smallest with which all `n_rounds` together stay within `target_epsilon`.

@@ -29,6 +29,7 @@ from fedrecsk.engine.participation import (
 )
 from fedrecsk.engine.privacy import PrivacyName
 from fedrecsk.engine.sampling import cohort_size
+from fedrecsk.engine.secure_sum import steps
 from fedrecsk.engine.shards import CPU_CHUNK_ROWS, ClientShards
 from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.uplink import Uplink
@@ -178,12 +179,12 @@ def simulate_fedfnn(
     if refit and (objective == "whole-data" or anchor):
         predictor = None
     if secure_aggregation:
+        cohort = cohort_size(clients_per_round, data.n_clients)
         check_sums_suffice(
-            defence=defence,
-            compression=compression,
-            predicts=predictor is not None,
-            sampling=sampling,
-        )
+            defence=defence, compression=compression, predicts=predictor is not None,
+            sampling=sampling, cohort=cohort, n_clients=data.n_clients,
+        )  # fmt: skip
+        steps(secure_bits, cohort)  # or the first round would find that the ring is too small
     federation = _federation(
         data, streams,
         hold_some_out=early_stopping or (predictor is not None and patience_on == "ndcg"),

@@ -265,7 +265,8 @@ default=None
     target_item_ : item id or None
         As in `FedFNNRecommender`.
     history_ : list of dict
-        One record a round: ``round, loss, clients, bytes_down, bytes_up, seconds``; with
+        One record a round: ``round, loss, clients, rejected, bytes_down, bytes_up, seconds``, and
+        of early stopping and clients that fail what `FedFNNRecommender` has; with
         networks and distillation ``distillation_loss``; every `report_every` rounds
         ``effective_rank`` and ``singular_value_variance`` of the standardised widest table.
     n_rounds_ : int
@@ -614,6 +615,8 @@ default=None
                 compression=self.compression,
                 predicts=False,
                 sampling=self.sampling,
+                cohort=cohort_size(self.clients_per_round, data.n_clients),
+                n_clients=data.n_clients,
             )
         around = distrust(
             data,

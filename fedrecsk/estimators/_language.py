@@ -173,7 +173,7 @@ def mean_of_best(state: FELLRecState, users: IntArray) -> float:
 
 def adapters_before(start: Adapters, platforms: Platforms, previous: Attributes) -> Adapters:
     """Put earlier adapters in the places of known platforms; new ones start from their mean."""
-    before = {name: torch.from_numpy(value) for name, value in previous["adapters_"].items()}
+    before = {name: torch.tensor(value) for name, value in previous["adapters_"].items()}
     if before.keys() != start.keys() or any(
         before[name].shape[1:] != value.shape[1:] for name, value in start.items()
     ):

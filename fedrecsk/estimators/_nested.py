@@ -282,7 +282,7 @@ def _statistics_before(
         counts, curvature, width = fresh.counts.clone(), fresh.curvature.clone(), len(fresh.gram)
         old = torch.from_numpy(previous["item_evidence_"][x][codes]).to(counts)
         counts[places], curvature[places] = old[:, 0], old[:, 1]
-        gram = torch.from_numpy(previous["user_gram_"][x][:width, :width]).to(fresh.gram)
+        gram = torch.tensor(previous["user_gram_"][x][:width, :width]).to(fresh.gram)
         weight = float(previous["user_gram_weight_"][x])
         statistics.append(ServerStatistics(gram, counts, curvature, weight))
     return tuple(statistics)

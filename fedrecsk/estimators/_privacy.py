@@ -211,7 +211,8 @@ def check_private(
     if unreliable:
         raise ValueError(
             "privacy is accounted for clients that are drawn and deliver; who fails may be no "
-            "matter of chance. Leave availability, dropout_rate, deadline and over_selection out."
+            "matter of chance. Leave availability, dropout_rate, client_seconds, deadline and "
+            "over_selection out."
         )
     if compression is not None or secure_aggregation:
         raise ValueError(

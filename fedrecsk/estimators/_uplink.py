@@ -141,8 +141,10 @@ def check_sums_suffice(
     compression: CompressionName | None,
     predicts: bool,
     sampling: str,
+    cohort: int,
+    n_clients: int,
 ) -> None:
-    """Refuse secure aggregation where somebody wants to see more than sums.
+    """Refuse secure aggregation where somebody wants to see more than sums, or a sum is no secret.
 
     Parameters
     ----------
@@ -150,7 +152,15 @@ def check_sums_suffice(
         As in `FedFNNRecommender`.
     predicts : bool
         Whether a predictor is at work.
+    cohort : int
+        Clients in a round, of `n_clients`.
     """
+    if cohort < 2:
+        raise ValueError(
+            f"A round has a single client, of {n_clients} in all, and its upload would be the sum "
+            "that secure_aggregation hides it in. Raise clients_per_round, or leave "
+            "secure_aggregation out."
+        )
     reasons = []
     if defence is not None:
         what = "lengths" if defence == "clip" else "values"

@@ -64,6 +64,24 @@ def test_no_noise_promises_nothing():
     assert plan("poisson", "pld", noise=0.0, rounds=2).epsilons() == [math.inf] * 2
 
 
+@pytest.mark.parametrize("relation", ["poisson", "every"])
+def test_hardly_any_noise_and_hardly_any_cost_are_counted(relation, library):
+    assert plan(relation, "pld", noise=1e-4, rounds=2).epsilons()[0] > 1e6
+    for accountant in ("pld", "rdp"):
+        few = plan(relation, accountant, rounds=3)
+        assert few.with_noise(fitting_noise(few, 1e-9)).epsilons()[-1] <= 1e-9
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+@pytest.mark.parametrize("relation", ["poisson", "every", "fixed"])
+def test_noise_comes_too_late_after_rounds_without(relation, accountant):
+    spent = plan(relation, accountant, noise=0.0, rounds=1).after(1)
+    late = plan(relation, accountant, spent=spent, rounds=2)
+    assert late.epsilons() == [math.inf] * 2
+    with pytest.raises(ValueError, match="No noise is enough"):
+        fitting_noise(late, 5.0)
+
+
 def test_two_kinds_of_neighbours_are_not_added_up():
     with pytest.raises(ValueError, match="sampled in another way"):
         plan("every", "rdp", spent=plan("poisson", "rdp").after(3))

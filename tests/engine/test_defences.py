@@ -86,6 +86,21 @@ def test_krum_takes_those_with_near_neighbours(n_numbers, n_malicious, at_once, 
             assert chosen.clients.tolist() == uploads.clients[expected].tolist()
 
 
+def test_strangers_are_no_nearer_than_those_who_share_a_row():
+    """Few pairs have a row in common, as on data with many items: nobody else is known."""
+    uploads = replace(
+        random_uploads(n_clients=6),
+        row_clients=torch.arange(6),
+        row_items=torch.tensor([0, 0, 0, 1, 2, 3]),
+        rows=torch.tensor([[1.0], [2.0], [3.0], [9.0], [9.0], [9.0]]),
+        row_weights=torch.ones(6),
+        n_directions=1,
+        numbers=torch.zeros(6, 0),
+    )
+    np.testing.assert_array_equal(krum_scores(uploads, N_ITEMS, 0), [4.0] * 6)
+    assert krum(uploads, N_ITEMS, 0, 1).clients.tolist() == uploads.clients[:1].tolist()
+
+
 @pytest.mark.parametrize("name", ["median", "trimmed-mean", "krum", "multi-krum"])
 @pytest.mark.parametrize("value", [-50.0, 50.0])
 def test_a_minority_does_not_move_the_result_far(name, value):

@@ -320,6 +320,7 @@ def test_what_is_refused(given, message):
         ([True, False], r"each of the 3 clients; in round 5 .* shape \(2,\)"),
         ([[0.5] * 3], r"shape \(1, 3\)"),
         (["yes"] * 3, r"type <U3"),
+        ([1, [0, 1], 1], r"each of the 3 clients; in round 5 .* type object"),
         ([0.5, 2.0, 1.0], r"availability, in round 5, gives client 'client 01' the probability 2"),
         ([0.5, math.nan, 1.0], r"gives client 'client 01' the probability nan"),
     ],

@@ -121,6 +121,13 @@ def test_a_client_alone_with_its_size_keeps_its_upload(kind, split):
     model.fit(split[0])
     assert [record["rejected"] for record in model.history_] == [1, 1, 1]
     model.set_params(clients_per_round=1)
+    with pytest.raises(ValueError, match=r"single client, of 120 in all.*Raise clients_per_round"):
+        model.fit(split[0])
+
+
+def test_clients_that_are_all_alone_with_their_sizes_are_refused(split):
+    users = np.unique(split[0][:, 0])
+    model = HeteFedRecRecommender(client_sizes=1 + np.arange(len(users)), secure_aggregation=True)
     with pytest.raises(ValueError, match=r"single client of each size.*Raise clients_per_round"):
         model.fit(split[0])
 
@@ -141,13 +148,24 @@ def test_what_clients_keep_belongs_to_a_checkpoint(kind, split, tmp_path, assert
     assert_same_fit(model.fit(split[0]), whole)
 
 
-def test_a_ring_too_small_for_the_cohort_is_refused(split):
+def test_a_ring_too_small_for_the_cohort_is_refused_before_the_first_round(split):
     model = clone(KINDS["fedfnn"]).set_params(secure_aggregation=True, secure_bits=6)
+    rounds = []
+
+    def everybody(number, client_ids):
+        rounds.append(number)
+        return np.ones(len(client_ids))
+
+    model.set_params(availability=everybody)
     with pytest.raises(ValueError, match=r"secure_bits=6 holds sums of at most 31 clients.* 60"):
         model.fit(split[0])
     model.set_params(clients_per_round=1)
-    with pytest.raises(ValueError, match="single client"):
+    with pytest.raises(ValueError, match="single client, of 120 in all"):
         model.fit(split[0])
+    model.set_params(clients_per_round=1.0)
+    with pytest.raises(ValueError, match="single client, of 1 in all"):
+        model.fit(split[0], np.zeros(len(split[0])))
+    assert rounds == []
 
 
 # Compression ------------------------------------------------------------------------------

@@ -207,6 +207,7 @@ REFUSED = {
     "early stopping": ({"early_stopping": True}, "without noise"),
     "stratified": ({"sampling": "stratified"}, "draws clients by their vectors"),
     "unreliable": ({"dropout_rate": 0.1}, "who fails may be no matter of chance"),
+    "slow": ({"client_seconds": 0.1}, "Leave .* client_seconds, .* out"),
     "compressed": ({"compression": "low-rank"}, "whole sums of plain numbers"),
     "masked": ({"secure_aggregation": True}, "whole sums of plain numbers"),
     "predictor": ({"refit": False}, "needs the users' vectors at the server"),

@@ -9,6 +9,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import sklearn
+import torch
 from sklearn.base import clone
 from sklearn.callback import ProgressBar, ScoringMonitor
 from sklearn.model_selection import (
@@ -366,12 +367,18 @@ def test_joblib_and_pickle_round_trips(fitted, obvious, tmp_path, assert_same_fi
     assert len(fitted.user_ids_) == 40
 
 
-def test_a_memory_mapped_model_predicts(fitted, obvious, tmp_path):
+def test_a_memory_mapped_model_predicts_and_goes_on(fitted, obvious, tmp_path):
     joblib.dump(fitted, tmp_path / "model.joblib")
     opened = joblib.load(tmp_path / "model.joblib", mmap_mode="r")
     np.testing.assert_array_equal(opened.predict(obvious), fitted.predict(obvious))
     np.testing.assert_array_equal(opened.recommend(k=3)[1], fitted.recommend(k=3)[1])
     opened.similar_items([3])
+    torch.set_warn_always(True)  # that an array is read-only is said once a process
+    try:
+        opened.partial_fit(obvious[:3])
+    finally:
+        torch.set_warn_always(False)
+    np.testing.assert_array_equal(opened.user_ids_, fitted.user_ids_)
 
 
 # ---------------------------------------------------------------- data frames

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
 
-from fedrecsk import FedAvgRecommender, FedFNNRecommender, PopularityRecommender
+from fedrecsk import (
+    FedAvgRecommender,
+    FedFastRecommender,
+    FedFNNRecommender,
+    HeteFedRecRecommender,
+    PopularityRecommender,
+)
 from tests.properties.documented import Refused, outcome
 from tests.properties.strategies import (
     ANYTHING,
@@ -20,11 +26,13 @@ from tests.properties.strategies import (
     tables,
 )
 
-FAST = {"n_factors": 2, "n_rounds": 1, "random_state": 0, "device": "cpu"}
+FAST = {"n_rounds": 1, "random_state": 0, "device": "cpu"}
 ESTIMATORS = {
     "popularity": PopularityRecommender(),
-    "fedavg": FedAvgRecommender(**FAST, local_epochs=1),
-    "fedfnn": FedFNNRecommender(**FAST),
+    "fedavg": FedAvgRecommender(**FAST, n_factors=2, local_epochs=1),
+    "fedfnn": FedFNNRecommender(**FAST, n_factors=2),
+    "fedfast": FedFastRecommender(**FAST, n_factors=2, local_epochs=1, n_clusters=2),
+    "hetefedrec": HeteFedRecRecommender(**FAST, sizes=(1, 2), group_ratio=(1, 1)),
 }
 NAMES = pytest.mark.parametrize("name", ESTIMATORS)
 
@@ -140,7 +148,7 @@ def test_nothing_is_lost_on_bad_input(call, X, extra):
 
 @settings(max_examples=examples(8))
 @given(ANYTHING)
-@pytest.mark.parametrize("name", ["fedavg", "fedfnn"])
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "popularity"])
 def test_a_failed_fit_of_a_federation_leaves_the_old_one(name, X):
     estimator = clone(ESTIMATORS[name]).fit(GOOD)
     before = state_of(estimator)

@@ -66,10 +66,11 @@ def krum_scores(uploads, n_items, n_malicious):
     for a in range(n_clients):
         for b in range(n_clients):
             common = sent[a].keys() & sent[b].keys()
-            if common:
+            if common and a != b:
                 apart[a, b] = np.mean([((sent[a][i] - sent[b][i]) ** 2).sum() for i in common])
     known = np.sort(apart[~np.isnan(apart)])
-    apart[np.isnan(apart)] = known[(len(known) - 1) // 2]  # the lower median, as torch has it
+    # The lower median, as torch has it.
+    apart[np.isnan(apart)] = known[(len(known) - 1) // 2] if len(known) else 0.0
     if numbers.shape[1]:
         apart += ((numbers[:, None] - numbers[None]) ** 2).mean(axis=2)
     scores = []
