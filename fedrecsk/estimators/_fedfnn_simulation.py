@@ -678,11 +678,15 @@ def _step(
     n_clusters: int,
 ) -> Step:
     """Bind a whole round: the draw, the training, and what it costs in privacy."""
-    participation = federation.participation
+    participation, uplink = federation.participation, federation.uplink
 
     def train_and_predict(
         state: FactorState, delegates: NDArray[np.int64], t: int
     ) -> tuple[FactorState, Logs]:
+        if len(delegates) and uplink is not None and not uplink.takes(len(delegates)):
+            alone = {"clients": len(delegates), "rejected": len(delegates)}
+            down = len(delegates) * training.download(state)
+            return state, {**NOBODY, **alone, "bytes_down": down}
         after, logs = fedfnn_step(
             state, delegates, t, train=training.train, predict=predict, monitor=monitor
         )

@@ -125,6 +125,26 @@ def test_a_client_alone_with_its_size_keeps_its_upload(kind, split):
         model.fit(split[0])
 
 
+@pytest.mark.parametrize("kind", ["fedavg", "fedfnn", "ncf"])
+def test_a_client_that_is_left_alone_keeps_its_upload(kind, split):
+    model = clone(KINDS[kind]).set_params(
+        n_rounds=12, clients_per_round=3, dropout_rate=0.5, secure_aggregation=True
+    )
+    model.fit(split[0])
+    alone = [record for record in model.history_ if record["clients"] == 1]
+    assert 0 < len(alone) < 12
+    for record in alone:
+        assert (record["loss"], record["rejected"], record["bytes_up"]) == (None, 1, 0)
+    # Such a round changes nothing.
+    trained = [record["round"] for record in model.history_ if record["loss"] is not None]
+    number = next(record["round"] for record in alone if record["round"] > trained[0])
+    before, after = (
+        clone(model).set_params(n_rounds=n).fit(split[0]).item_factors_
+        for n in (number - 1, number)
+    )
+    assert (before == after).all()
+
+
 def test_clients_that_are_all_alone_with_their_sizes_are_refused(split):
     users = np.unique(split[0][:, 0])
     model = HeteFedRecRecommender(client_sizes=1 + np.arange(len(users)), secure_aggregation=True)
