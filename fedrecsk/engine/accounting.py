@@ -150,7 +150,7 @@ def fitting_noise(plan: Plan, target: float) -> float:
     Raises
     ------
     ValueError
-        If no noise is enough, because earlier fits have spent it all.
+        If no noise is enough, as a rule because earlier fits have spent it all.
     """
     return _fitting_noise(plan.with_noise(1.0), target)
 
@@ -168,9 +168,13 @@ def _fitting_noise(plan: Plan, target: float) -> float:
     while excess(high) > 0:
         high += math.log(4.0)
         if high > math.log(MOST_NOISE):
+            why, remedy = f"{math.exp(high):.0g} times the bound is too little", ""
+            if plan.spent:
+                why = "rounds before have spent it"
+                remedy = ", or fit anew with warm_start=False"
             raise ValueError(
-                f"No noise is enough for target_epsilon={target}: rounds before have spent it. "
-                "Raise target_epsilon, or fit anew with warm_start=False."
+                f"No noise is enough for target_epsilon={target}: {why}. "
+                f"Raise target_epsilon{remedy}."
             )
     low = high - math.log(4.0)
     while excess(low) <= 0:

@@ -60,6 +60,12 @@ def test_a_target_stops_rounds_or_sets_the_noise(library):
         fitting_noise(plan("poisson", "rdp", spent=whole.after(100)), 5.0)
 
 
+def test_a_target_that_nothing_reaches_is_not_blamed_on_rounds_before(monkeypatch):
+    monkeypatch.setattr(Plan, "epsilons", lambda self: (9.0,))
+    with pytest.raises(ValueError, match=r"2\.5: \S+ times the bound is too little.*epsilon\.$"):
+        fitting_noise(plan("poisson", "rdp", rounds=7), 2.5)
+
+
 def test_no_noise_promises_nothing():
     assert plan("poisson", "pld", noise=0.0, rounds=2).epsilons() == [math.inf] * 2
 
