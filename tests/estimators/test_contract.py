@@ -463,15 +463,14 @@ SHARED_BAD = {
     "random_state": "seed",
     "verbose": -1,
 }
-DISTRUST_BAD = {
+UPLINK_BAD = {
     "defence": "mean",
     "assumed_malicious": 0.5,
     "clip_quantile": 0,
     "malicious_fraction": 1.0,
     "attack": "shout",
     "attack_strength": 0,
-}
-UPLINK_BAD = DISTRUST_BAD | {
+    "check_uploads": "sometimes",
     "compression": "zip",
     "compression_level": 0,
     "error_feedback": "yes",
@@ -516,6 +515,7 @@ BAD = {
             "item_curvature",
             "n_graph_layers",
             "item_propagation",
+            "check_uploads",
             "secure_aggregation",
             "secure_bits",
         }
@@ -550,7 +550,7 @@ BAD = {
     FedAvgRecommender: SHARED_BAD | UPLINK_BAD | PRIVACY_BAD | {"model": "svd", "sampling": "all"},
     HeteFedRecRecommender: {
         name: value
-        for name, value in (SHARED_BAD | DISTRUST_BAD).items()
+        for name, value in (SHARED_BAD | UPLINK_BAD).items()
         if name not in {"n_factors", "objective"}
     }
     | {
