@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
+BENCHMARKS := accuracy cohort_speed round_profile other_engines gpu_rounds fedfnn_convergence \
+    fedfnn_sensitivity fedfnn_streaming fedfnn_cost hetefedrec_sizes fellrec_balance fellrec_split \
+    scale faults attacks compression privacy reliability
 
 .PHONY: demo test lint types unit smoke docs clean
 
@@ -22,13 +25,10 @@ unit: $(VENV)/.dev           # one torch thread a worker: small tensors are slow
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 smoke: $(VENV)/.dev          # every benchmark runs and writes its JSON; numbers mean nothing here
-	@for script in accuracy cohort_speed round_profile other_engines gpu_rounds \
-	    fedfnn_convergence fedfnn_sensitivity fedfnn_streaming fedfnn_cost hetefedrec_sizes \
-	    fellrec_balance fellrec_split scale faults attacks compression privacy reliability; do \
-	    echo "benchmarks/$$script.py --quick"; \
-	    OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$script.py --quick --out $(VENV)/$$script.json \
-	    || exit 1; \
-	done
+	@printf '%s\n' $(BENCHMARKS) | xargs -P 2 -I NAME sh -c ' \
+	    OMP_NUM_THREADS=1 $(BIN)/python benchmarks/NAME.py --quick --out $(VENV)/NAME.json \
+	        > $(VENV)/NAME.log 2>&1; \
+	    code=$$?; echo "benchmarks/NAME.py --quick"; cat $(VENV)/NAME.log; exit $$code'
 
 docs: $(VENV)/.dev           ## API reference as HTML in build/docs
 	$(PIP) -e ".[docs]"
