@@ -48,6 +48,7 @@ from torch import Tensor
 
 from fedrecsk.engine.shards import ClientShards
 from fedrecsk.engine.streams import Streams
+from fedrecsk.engine.traffic import dense_bytes
 from fedrecsk.methods.factor_state import FactorState, Logs, served_factors, users_of
 from fedrecsk.methods.meta_network import PredictorName, predict_updates
 
@@ -97,7 +98,7 @@ def fedfnn_step(
     if predict is None:
         return trained, logs
     predicted, more = predict(state, trained, delegates, t, monitor(trained, logs))
-    return predicted, {**logs, **more}
+    return predicted, {**logs, **more, "bytes_up": logs["bytes_up"] + more["bytes_up"]}
 
 
 def prediction_step(
@@ -147,18 +148,20 @@ def prediction_step(
     -------
     state : FactorState
     logs : dict
-        ``prediction_active, user_norm`` (mean norm of the vectors that users are served with),
-        and while prediction is active ``predictor_r2, predictor_cosine, predictor_candidate,
-        predicted_share, predicted_norm`` (mean norm of the changes made); None is what was not
-        measured.
+        ``prediction_active, bytes_up`` (of the delegates' vectors, which the server learns from
+        as long as it predicts), ``user_norm`` (mean norm of the vectors that users are served
+        with), and while prediction is active ``predictor_r2, predictor_cosine,
+        predictor_candidate, predicted_share, predicted_norm`` (mean norm of the changes made);
+        None is what was not measured.
     """
     watch = before.watch.after(monitored, patience)
     users = users_of(before, shards, delegates)
     # What predictions are written into; a copy, so that `before` and `trained` stay as they are.
     target = (served_factors(before) if anchor else trained.user_factors).clone()
     target[users] = trained.user_factors[users]
-    logs: Logs = {"prediction_active": watch.active}
+    logs: Logs = {"prediction_active": watch.active, "bytes_up": 0}
     if watch.active:
+        logs["bytes_up"] = dense_bytes((len(users), before.user_factors.shape[1]))
         is_delegate = torch.zeros(shards.n_users, dtype=torch.bool, device=users.device)
         is_delegate[users] = True
         others = torch.nonzero(~is_delegate)[:, 0]

@@ -137,7 +137,7 @@ def predicted(before, trained, logs, shards, delegates, t, streams, predictor, p
     )
     for name, value in tensors_of(trained).items():
         assert torch.equal(value, kept[name]), name  # prediction leaves its arguments alone
-    return state, {**logs, **more}
+    return state, {**logs, **more, "bytes_up": logs["bytes_up"] + more["bytes_up"]}
 
 
 # The quasi-Newton step is for clients of one user.

@@ -155,21 +155,21 @@ def test_a_round_trains_and_then_predicts_from_what_was_before_and_after():
 
     def train(state, clients, t):
         seen.append(("train", state, clients, t))
-        return trained, {"loss": 0.5, "clients": 2}
+        return trained, {"loss": 0.5, "bytes_up": 10}
 
     def predict(*arguments):
         seen.append(("predict", *arguments))
-        return moved, {"prediction_active": True}
+        return moved, {"prediction_active": True, "bytes_up": 3}
 
     def monitor(state, logs):
         return -logs["loss"] if state is trained else None
 
     state, logs = fedfnn_step(before, delegates, 7, train=train, predict=None, monitor=monitor)
     assert state is trained
-    assert logs == {"loss": 0.5, "clients": 2}
+    assert logs == {"loss": 0.5, "bytes_up": 10}
     state, logs = fedfnn_step(before, delegates, 7, train=train, predict=predict, monitor=monitor)
     assert state is moved
-    assert list(logs) == ["loss", "clients", "prediction_active"]
+    assert logs == {"loss": 0.5, "bytes_up": 13, "prediction_active": True}
     one = ("train", before, delegates, 7)
     assert seen == [one, one, ("predict", before, trained, delegates, 7, -0.5)]
 
@@ -454,16 +454,28 @@ def test_without_a_predictor_the_watch_and_the_log_say_nothing_of_it(step):
 
 @STEPS
 @pytest.mark.parametrize("predictor", ["linear", "cluster"])
-def test_prediction_sends_nothing(step, predictor):
-    """It happens on the server; of plain BCE rounds the bytes are those of FedAvg."""
+def test_prediction_costs_the_delegates_vectors(step, predictor):
+    """It happens on the server; of plain BCE rounds the other bytes are those of FedAvg."""
     plain, more = start(SINGLE), start(SINGLE)
     fedavg = {"item_weighting": "fedavg"} if step is bce else {}
     for t in range(2):
         plain, without = step(plain, SINGLE, t, **fedavg)
         more, logs = step(more, SINGLE, t, predictor=predictor, **LITERAL)
         assert logs["predicted_share"] > 0
-        for name in ("bytes_up", "bytes_down"):
-            assert logs[name] == without[name] > 0
+        vectors = 4 * len(delegates_of(SINGLE, t)) * N_FACTORS
+        assert logs["bytes_up"] == without["bytes_up"] + vectors
+        assert logs["bytes_down"] == without["bytes_down"] > 0
+
+
+def test_when_prediction_is_over_no_vectors_are_sent():
+    state, found = start(SINGLE), []
+    for t in range(3):
+        _, without = bce(state, SINGLE, t)
+        state, logs = bce(
+            state, SINGLE, t, predictor="linear", patience=1, monitored=0.5, **LITERAL
+        )
+        found.append((logs["prediction_active"], logs["bytes_up"] > without["bytes_up"]))
+    assert found == [(True, True), (False, False), (False, False)]
 
 
 # Data with an obvious answer --------------------------------------------------------------
