@@ -346,13 +346,16 @@ def test_fedfast_is_fedfnn_with_other_arguments(obvious):
 
 
 @pytest.mark.parametrize("predictor", ["mlp", "linear", "mean", "cluster"])
-def test_clients_send_the_same_with_and_without_prediction(obvious, predictor):
+def test_clients_send_their_vectors_to_be_predicted_from_and_nothing_else(obvious, predictor):
     arguments = {**FAST, "objective": "bce", "refit": False, "server_optimizer": "sgd"}
     arguments |= {"sampling": "uniform", "anchor": False, "gate": False}
     predicting = FedFNNRecommender(**arguments, predictor=predictor).fit(obvious)
     fedavg = FedAvgRecommender(**FAST, refit=False).fit(obvious)
-    for name in ("bytes_up", "bytes_down", "clients"):
+    for name in ("bytes_down", "clients"):
         assert [r[name] for r in predicting.history_] == [r[name] for r in fedavg.history_]
+    for record, plain in zip(predicting.history_, fedavg.history_, strict=True):
+        vectors = 4 * record["clients"] * predicting.n_factors * record["prediction_active"]
+        assert record["bytes_up"] == plain["bytes_up"] + vectors
 
 
 @pytest.mark.parametrize("sampling", ["epoch", "uniform", "stratified"])
