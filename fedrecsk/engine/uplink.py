@@ -108,7 +108,8 @@ class Uplink:
                 uploads, residual, n_items, width, t
             )
         usable = screen(uploads)
-        if meaning is not None and self.defence is not None and self.defence.checks and not n_bytes:
+        checks = self.defence is not None and self.defence.checks and self.compression is None
+        if checks and meaning is not None:
             usable = usable.of(meaning.holds(usable))
         if n_clients and not len(usable.clients):
             raise NoUsableUploadError(n_clients, t)

@@ -38,13 +38,12 @@ from fedrecsk.methods.factor_state import (
     Logs,
     counted_times,
     counted_turns,
-    lifted,
     served_factors,
     written_users,
 )
 from fedrecsk.methods.noised_sums import released, sends_every_row
 from fedrecsk.models import bce_newton, ncf, sampled_bce, whole_data
-from fedrecsk.models.head import Head, n_weights, without
+from fedrecsk.models.head import Head, lifted, n_weights, without
 
 ItemWeighting = Literal["count", "magnitude", "interactions", "fedavg"]
 
@@ -190,10 +189,10 @@ def bce_step(
     new = replace(
         moved,
         user_factors=fill_rows(
-            written_users(state, trained, in_place=in_place), parts, shards.users_of
+            written_users(state.user_factors, trained, in_place=in_place), parts, shards.users_of
         ),
         times_sampled=counted_times(state, shards, delegates, in_place=in_place),
-        turns=counted_turns(state, delegates, in_place=in_place),
+        turns=counted_turns(state.turns, delegates, in_place=in_place),
         residual=received.residual if received else state.residual,
         clip_norms=release.bounds if release else state.clip_norms,
     )

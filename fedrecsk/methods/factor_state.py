@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrecsk.engine.device import to_device
-from fedrecsk.engine.local import Moments, Optimizer, Params, init_moments
+from fedrecsk.engine.local import Moments, Optimizer, init_moments
 from fedrecsk.engine.mixing import mean_rows
 from fedrecsk.engine.sampling import (
     epoch_cohort,
@@ -29,7 +29,7 @@ from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.uploads import Residual
 from fedrecsk.methods.meta_network import cluster_labels
 from fedrecsk.models import whole_data
-from fedrecsk.models.head import Head
+from fedrecsk.models.head import Head, lifted
 
 SamplingName = Literal["uniform", "poisson", "epoch", "stratified"]
 Logs = dict[str, Any]
@@ -205,13 +205,13 @@ def users_of(state: FactorState, shards: ClientShards, delegates: NDArray[np.int
 
 
 def written_users(
-    state: FactorState, trained: Sequence[tuple[Tensor, Tensor]], *, in_place: bool
+    user_factors: Tensor, trained: Sequence[tuple[Tensor, Tensor]], *, in_place: bool
 ) -> Tensor:
-    """Put vectors (U, d) into the users' places, once the round can no longer fail."""
-    user_factors = state.user_factors if in_place else state.user_factors.clone()
+    """Put vectors (U, N) into the users' first columns, once the round can no longer fail."""
+    written = user_factors if in_place else user_factors.clone()
     for users, vectors in trained:
-        user_factors[users] = vectors
-    return user_factors
+        written[users, : vectors.shape[1]] = vectors
+    return written
 
 
 def counted_times(
@@ -224,14 +224,9 @@ def counted_times(
 
 
 def counted_turns(
-    state: FactorState, delegates: NDArray[np.int64], *, in_place: bool
+    turns: NDArray[np.int64], clients: NDArray[np.int64], *, in_place: bool
 ) -> NDArray[np.int64]:
-    """Return `turns` after another round with these delegates."""
-    turns = state.turns if in_place else state.turns.copy()
-    turns[delegates] += 1
-    return turns
-
-
-def lifted(head: Head) -> Params:
-    """Give every tensor the leading axis of one client that optimisers expect."""
-    return {name: value[None] for name, value in head.items()}
+    """Return the clients' turns (n_clients,) after another round with some of them."""
+    counted = turns if in_place else turns.copy()
+    counted[clients] += 1
+    return counted

@@ -51,6 +51,7 @@ from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
 from fedrecsk.engine.uplink import Uplink
 from fedrecsk.engine.uploads import Uploads
+from fedrecsk.methods.factor_state import counted_turns, written_users
 from fedrecsk.methods.nested_state import (
     Aggregation,
     Arrivals,
@@ -58,18 +59,15 @@ from fedrecsk.methods.nested_state import (
     NestedState,
     Sizes,
     client_parameters,
-    counted_turns,
     downloads,
     federations,
-    lifted,
     table_blocks,
-    written_users,
 )
 from fedrecsk.methods.padded_aggregation import Denominator, combine, slice_of
 from fedrecsk.methods.self_distillation import distill, draw_items
 from fedrecsk.models import ncf, sampled_bce
 from fedrecsk.models.decorrelation import decorrelation_pull
-from fedrecsk.models.head import Head, flat_changes, stacked_heads
+from fedrecsk.models.head import Head, flat_changes, lifted, stacked_heads
 from fedrecsk.models.sampled_bce import BROKEN, LocalResult
 
 ClientWeights = Literal["uniform", "interactions"]
@@ -218,7 +216,7 @@ def network_step(
     sums = sums.of_all_processes()
     arrivals.check_somebody_is_heard(len(participants), sums.n_broken, t)
     user_factors = fill_rows(
-        written_users(state, trained, in_place=in_place), parts, shards.users_of
+        written_users(state.user_factors, trained, in_place=in_place), parts, shards.users_of
     )
     members = [sizes.members(participants, x) for x in range(len(sizes.widths))]
     weights = [float(weights_of(group).sum()) for group in members]
@@ -254,7 +252,7 @@ def network_step(
         heads=moved_heads,
         table_moments=tuple(table_moments),
         head_moments=head_moments,
-        turns=counted_turns(state, participants, in_place=in_place),
+        turns=counted_turns(state.turns, participants, in_place=in_place),
         residuals=arrivals.kept(),
     ), logs
 

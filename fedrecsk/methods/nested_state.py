@@ -25,7 +25,7 @@ from fedrecsk.engine.uploads import Residual, UploadSums
 from fedrecsk.exceptions import NoUsableUploadError, TooFewClientsError
 from fedrecsk.methods.padded_aggregation import slice_of
 from fedrecsk.models.decorrelation import spectrum
-from fedrecsk.models.head import Head, n_weights
+from fedrecsk.models.head import Head, lifted, n_weights
 from fedrecsk.models.whole_data import ServerStatistics
 
 Aggregation = Literal["padded", "clustered", "standalone"]
@@ -275,11 +275,6 @@ def table_blocks(widths: Sequence[int], *, item_bias: bool) -> list[tuple[int, s
     return [*blocks, (0, slice(widths[-1], widths[-1] + 1))] if item_bias else blocks
 
 
-def lifted(head: Head) -> Head:
-    """Give every tensor the leading axis of one client that optimisers expect."""
-    return {name: value[None] for name, value in head.items()}
-
-
 @dataclass(eq=False)
 class Arrivals:
     """What uploads of several sizes have cost, and left with the clients.
@@ -288,23 +283,22 @@ class Arrivals:
     ----------
     residuals : list of (Residual or None)
         For each size, what clients keep.
-    bytes_up, bytes_down : int
-        Of clients that send something else than their rows.
-    is_counted : bool
-        Whether there are such; else bytes follow from the rows.
-    n_alone : int
-        Clients that cannot send anything since nobody else of their size takes part, see
+    bytes_up : int or None
+        Of clients that send something else than their rows; None: bytes follow from the rows.
+    bytes_down : int
+        What such clients got on top of the server's tables.
+    somebody_is_alone : bool
+        Whether a client cannot send anything since nobody else of its size takes part, see
         `Uplink.takes`.
-    has_asked : bool
+    somebody_is_asked : bool
         Whether the uploads of any size were handed on.
     """
 
     residuals: list[Residual | None]
-    bytes_up: int = 0
+    bytes_up: int | None = None
     bytes_down: int = 0
-    is_counted: bool = False
-    n_alone: int = 0
-    has_asked: bool = False
+    somebody_is_alone: bool = False
+    somebody_is_asked: bool = False
 
     @classmethod
     def before(cls, state: NestedState) -> Arrivals:
@@ -336,9 +330,9 @@ class Arrivals:
         n_rejected : int
         """
         if not uplink.takes(n_clients):
-            self.n_alone += n_clients
+            self.somebody_is_alone |= n_clients > 0
             return None, n_clients
-        self.has_asked = True
+        self.somebody_is_asked = True
         try:
             sums, n_rejected = receive(self.residuals[size])
         except TooFewClientsError:
@@ -346,15 +340,14 @@ class Arrivals:
         except NoUsableUploadError:
             return None, n_clients
         if sums.bytes_up is not None:
-            self.is_counted = True
-            self.bytes_up += sums.bytes_up
+            self.bytes_up = (self.bytes_up or 0) + sums.bytes_up
             self.bytes_down += sums.bytes_down
             self.residuals[size] = sums.residual
         return sums, n_rejected
 
     def logs(self, logs: Logs) -> Logs:
         """Put in what was counted."""
-        if not self.is_counted:
+        if self.bytes_up is None:
             return logs
         bytes_down = logs["bytes_down"] + self.bytes_down
         return {**logs, "bytes_up": self.bytes_up, "bytes_down": bytes_down}
@@ -371,7 +364,7 @@ class Arrivals:
         """
         if not 0 < n_participants == n_rejected:
             return
-        if self.n_alone and not self.has_asked:
+        if self.somebody_is_alone and not self.somebody_is_asked:
             raise ValueError(
                 f"Round {t + 1} has a single client of each size, and its upload would be the sum "
                 "that secure_aggregation hides it in. Raise clients_per_round."
@@ -382,22 +375,3 @@ class Arrivals:
         """Return what the next state holds of it."""
         keeps = any(residual is not None for residual in self.residuals)
         return tuple(self.residuals) if keeps else None
-
-
-def written_users(
-    state: NestedState, trained: Sequence[tuple[Tensor, Tensor]], *, in_place: bool
-) -> Tensor:
-    """Put vectors (U, N) into the users' first columns, once the round can no longer fail."""
-    user_factors = state.user_factors if in_place else state.user_factors.clone()
-    for users, vectors in trained:
-        user_factors[users, : vectors.shape[1]] = vectors
-    return user_factors
-
-
-def counted_turns(
-    state: NestedState, participants: NDArray[np.int64], *, in_place: bool
-) -> NDArray[np.int64]:
-    """Return `turns` after another round with these participants."""
-    turns = state.turns if in_place else state.turns.copy()
-    turns[participants] += 1
-    return turns

@@ -30,6 +30,7 @@ from fedrecsk.engine.shards import ClientShards, Cohort
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
 from fedrecsk.engine.uplink import Uplink
 from fedrecsk.engine.uploads import Uploads, UploadSums
+from fedrecsk.methods.factor_state import counted_turns, written_users
 from fedrecsk.methods.nested_state import (
     Aggregation,
     Arrivals,
@@ -37,10 +38,8 @@ from fedrecsk.methods.nested_state import (
     NestedState,
     Sizes,
     column_blocks,
-    counted_turns,
     downloads,
     federations,
-    written_users,
 )
 from fedrecsk.models import whole_data
 from fedrecsk.models.head import Head
@@ -192,13 +191,13 @@ def whole_data_step(
     logs["rejected"] += len(np.unique(np.concatenate(broken))) if broken else 0
     logs["rejected"] = int(add_up(torch.tensor(logs["rejected"]))[0])
     arrivals.check_somebody_is_heard(len(participants), logs["rejected"], t)
-    user_factors = written_users(state, trained, in_place=in_place)
+    user_factors = written_users(state.user_factors, trained, in_place=in_place)
     return replace(
         state,
         user_factors=fill_rows(user_factors, parts, shards.users_of),
         tables=tuple(tables),
         statistics=tuple(statistics),
-        turns=counted_turns(state, participants, in_place=in_place),
+        turns=counted_turns(state.turns, participants, in_place=in_place),
         residuals=arrivals.kept(),
     ), arrivals.logs(logs)
 

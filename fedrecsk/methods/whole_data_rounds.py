@@ -108,7 +108,7 @@ def whole_data_step(
     if len(delegates) and not total.n_users:
         raise NoUsableUploadError(len(delegates), t)
     user_factors = fill_rows(
-        written_users(state, trained, in_place=in_place), parts, shards.users_of
+        written_users(state.user_factors, trained, in_place=in_place), parts, shards.users_of
     )
     rate = server_learning_rate
     if rate is None:
@@ -132,7 +132,7 @@ def whole_data_step(
         item_table=moved,
         statistics=statistics,
         times_sampled=counted_times(state, shards, delegates, in_place=in_place),
-        turns=counted_turns(state, delegates, in_place=in_place),
+        turns=counted_turns(state.turns, delegates, in_place=in_place),
         residual=received.residual if received else state.residual,
         clip_norms=release.bounds if release else state.clip_norms,
     )

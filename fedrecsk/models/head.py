@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fedrecsk.engine.local import Params
 from fedrecsk.engine.streams import Streams
 from fedrecsk.models.ego_graph import StarsInRows
 
@@ -147,6 +148,11 @@ def flat_changes(
             for name in (f"weight_{k}", f"bias_{k}"):
                 changes.append((own[name] - shared[name]).flatten(1))
     return torch.cat(changes, 1)
+
+
+def lifted(head: Head) -> Params:
+    """Give every tensor the leading axis of one client that optimisers expect."""
+    return {name: value[None] for name, value in head.items()}
 
 
 def without(trained: Mapping[str, Tensor], left_out: Tensor, shared: Mapping[str, Tensor]) -> Head:
