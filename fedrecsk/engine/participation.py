@@ -92,7 +92,9 @@ class Turnout:
         logs : dict
             Of `train`, or with None for a loss; and who took part.
         """
-        logs: Logs = {"loss": None, "clients": 0, "bytes_down": 0, "bytes_up": 0}
+        logs: Logs = {
+            "loss": None, "clients": 0, "rejected": 0, "bytes_down": 0, "bytes_up": 0
+        }  # fmt: skip
         if len(self.delivered):
             state, logs = train(self.delivered)
         turnout = {

@@ -8,7 +8,7 @@ memory does not grow with the number of clients that take part in a round.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -352,3 +352,22 @@ def concatenate_ranges(offsets: NDArray[np.int64], which: NDArray[np.int64]) -> 
     total = int(ends[-1]) if len(ends) else 0
     shift: NDArray[np.int64] = np.repeat(starts - (ends - lengths), lengths)
     return np.arange(total, dtype=np.int64) + shift
+
+
+def written_users(
+    user_factors: Tensor, trained: Sequence[tuple[Tensor, Tensor]], *, in_place: bool
+) -> Tensor:
+    """Put vectors (U, N) into the users' first columns, once the round can no longer fail."""
+    written = user_factors if in_place else user_factors.clone()
+    for users, vectors in trained:
+        written[users, : vectors.shape[1]] = vectors
+    return written
+
+
+def counted_turns(
+    turns: NDArray[np.int64], clients: NDArray[np.int64], *, in_place: bool
+) -> NDArray[np.int64]:
+    """Return the clients' turns (n_clients,) after another round with some of them."""
+    counted = turns if in_place else turns.copy()
+    counted[clients] += 1
+    return counted

@@ -710,7 +710,6 @@ def _step(
         after, logs = turnout.train(
             state, lambda chosen: train_and_predict(state, chosen, t), wasted
         )
-        logs.setdefault("rejected", 0)
         turns, missed = turnout.turns_after(after.turns, state.missed)
         return replace(after, turns=turns, missed=missed), logs
 

@@ -245,12 +245,12 @@ class FELLRecRecommender(BaseRecommender):
     user_ids_, item_ids_, client_ids_, seen_indptr_, seen_indices_, n_features_in_ :
         As in `FedFNNRecommender`; ``item_ids_`` also has the items known by text alone.
     history_ : list of dict
-        One a round: ``round, loss, client_losses, seconds, clients, bytes_up, bytes_down,
-        similarity, heat, own_weight``, with early stopping ``client_ndcg`` of the present
-        adapters and ``validation_ndcg`` of the best so far, with ``client_layers``
-        ``bytes_boundary``. Where platforms may miss a round, also how many were ``asked``,
-        ``dropped`` out, and were ``unavailable``; a round that all of them miss changes nothing,
-        and its ``loss`` is None.
+        One a round: ``round, loss, client_losses, seconds, clients, rejected`` (of them, whose
+        adapters nobody could use), ``bytes_up, bytes_down, similarity, heat, own_weight``, with
+        early stopping ``client_ndcg`` of the present adapters and ``validation_ndcg`` of the best
+        so far, with ``client_layers`` ``bytes_boundary``. Where platforms may miss a round, also
+        how many were ``asked``, ``dropped`` out, and were ``unavailable``; a round that all of them
+        miss changes nothing, and its ``loss`` is None.
     n_rounds_ : int
 
     Raises

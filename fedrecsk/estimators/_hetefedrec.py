@@ -550,7 +550,6 @@ default=None
             after, logs = turnout.train(
                 state, lambda chosen: train(state, chosen, t), int(wasted.sum())
             )
-            logs.setdefault("rejected", 0)
             turns, missed = turnout.turns_after(after.turns, state.missed)
             return replace(after, turns=turns, missed=missed), logs
 

@@ -26,7 +26,7 @@ from fedrecsk.engine.local import Moments, Optimizer, apply_gradients
 from fedrecsk.engine.mixing import mean_rows, weighted_mean
 from fedrecsk.engine.parallel import fill_rows, own_part, shares
 from fedrecsk.engine.privacy import Release
-from fedrecsk.engine.shards import ClientShards, Cohort
+from fedrecsk.engine.shards import ClientShards, Cohort, counted_turns, written_users
 from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
 from fedrecsk.engine.uplink import Uplink
@@ -37,9 +37,7 @@ from fedrecsk.methods.factor_state import (
     FactorState,
     Logs,
     counted_times,
-    counted_turns,
     served_factors,
-    written_users,
 )
 from fedrecsk.methods.noised_sums import released, sends_every_row
 from fedrecsk.models import bce_newton, ncf, sampled_bce, whole_data

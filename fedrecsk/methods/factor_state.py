@@ -6,7 +6,6 @@ predicts the vectors of those who were not asked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -204,16 +203,6 @@ def users_of(state: FactorState, shards: ClientShards, delegates: NDArray[np.int
     return to_device(shards.users_of(delegates), state.user_factors.device)
 
 
-def written_users(
-    user_factors: Tensor, trained: Sequence[tuple[Tensor, Tensor]], *, in_place: bool
-) -> Tensor:
-    """Put vectors (U, N) into the users' first columns, once the round can no longer fail."""
-    written = user_factors if in_place else user_factors.clone()
-    for users, vectors in trained:
-        written[users, : vectors.shape[1]] = vectors
-    return written
-
-
 def counted_times(
     state: FactorState, shards: ClientShards, delegates: NDArray[np.int64], *, in_place: bool
 ) -> Tensor:
@@ -221,12 +210,3 @@ def counted_times(
     times_sampled = state.times_sampled if in_place else state.times_sampled.clone()
     times_sampled[users_of(state, shards, delegates)] += 1
     return times_sampled
-
-
-def counted_turns(
-    turns: NDArray[np.int64], clients: NDArray[np.int64], *, in_place: bool
-) -> NDArray[np.int64]:
-    """Return the clients' turns (n_clients,) after another round with some of them."""
-    counted = turns if in_place else turns.copy()
-    counted[clients] += 1
-    return counted

@@ -36,6 +36,8 @@ from torch import Tensor
 
 from fedrecsk.engine.parallel import fill_rows, own_part, shares
 from fedrecsk.engine.traffic import dense_bytes
+from fedrecsk.engine.uploads import EXPLODED
+from fedrecsk.exceptions import NoUsableUploadError
 from fedrecsk.methods.dynamic_balance import (
     ClientWeights,
     Exponent,
@@ -142,7 +144,13 @@ def fellrec_step(
     state : FELLRecState
     logs : dict
         ``loss`` over all examples of the clients that were due, ``client_losses``, ``clients``,
-        ``bytes_up``, ``bytes_down``, and what the balance says.
+        ``rejected`` (of them, whose adapter nobody could use), ``bytes_up``, ``bytes_down``, and
+        what the balance says.
+
+    Raises
+    ------
+    NoUsableUploadError
+        If nobody can use any of the adapters.
     """
     due, heard = due_clients(t, periods), state.uploads
     if delivers is not None:
@@ -154,6 +162,15 @@ def fellrec_step(
     mine = select(start, clients)
     shared_out = partial(_trained_together, train, n_examples)
     trained, losses = shared_out(mine, clients, mine if pulled else None, pulled, t)
+    n_asked = len(clients)
+    usable = _usable(trained, mine, losses.masked_fill(n_examples[clients] == 0, 0.0))
+    if n_asked and not len(usable):
+        raise NoUsableUploadError(n_asked, t)
+    if len(usable) < n_asked:  # a platform that breaks is as one that does not deliver
+        left = torch.zeros_like(due).index_fill_(0, clients[usable], True)
+        heard, due = heard.without(due & ~left), due & left
+        clients, losses = clients[usable], losses[usable]
+        trained, mine = select(trained, usable), select(mine, usable)
     reported = _in_place(losses.double(), clients, n_examples, clients_without=-torch.inf)
     mixed, _, diagnostics = balance(
         _among(start, trained, clients),
@@ -184,14 +201,14 @@ def fellrec_step(
     else:
         state = replace(state, adapters=mixed)
     counts = n_examples[clients].double()
-    sent = len(clients) * dense_bytes((n_parameters(state.adapters),))
-    exchanged = 0 if aggregation == "local" else sent
+    of_one = 0 if aggregation == "local" else dense_bytes((n_parameters(state.adapters),))
     logs: Logs = {
         "loss": float((losses.double() * counts).sum() / counts.sum().clamp_min(1.0)),
         "client_losses": _in_place(losses.double(), clients, n_examples, torch.nan).tolist(),
-        "clients": len(clients),
-        "bytes_up": exchanged,
-        "bytes_down": exchanged,
+        "clients": n_asked,
+        "rejected": n_asked - len(clients),
+        "bytes_up": n_asked * of_one,
+        "bytes_down": len(clients) * of_one,
         **diagnostics,
     }
     return state, logs
@@ -247,6 +264,19 @@ def keep_best(state: FELLRecState, values: Tensor) -> FELLRecState:
     }
     known = torch.where(unknown, state.best_value, values)
     return replace(state, best=best, best_value=torch.where(better, known, state.best_value))
+
+
+def _usable(trained: Adapters, start: Adapters, losses: Tensor) -> Tensor:
+    """Places of the clients (K,) whose training is finite, and no outlier where there are three."""
+    squares = losses.new_zeros(len(losses), dtype=torch.float64)
+    for name, value in trained.items():
+        squares += (value.double() - start[name].double()).flatten(1).square().sum(1)
+    lengths = squares.sqrt()
+    good = lengths.isfinite() & losses.isfinite()
+    if int(good.sum()) > 2:
+        typical = lengths[good].median()
+        good &= (lengths <= EXPLODED * typical) | (typical == 0)
+    return good.nonzero().flatten()
 
 
 def _among(all_of_them: Adapters, some: Adapters, clients: Tensor) -> Adapters:

@@ -46,12 +46,11 @@ from fedrecsk.engine.device import to_device
 from fedrecsk.engine.local import Moments, Optimizer, apply_gradients
 from fedrecsk.engine.mixing import RowSums, mean_rows
 from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
-from fedrecsk.engine.shards import ClientShards
+from fedrecsk.engine.shards import ClientShards, counted_turns, written_users
 from fedrecsk.engine.streams import Streams
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
 from fedrecsk.engine.uplink import Uplink
 from fedrecsk.engine.uploads import Uploads
-from fedrecsk.methods.factor_state import counted_turns, written_users
 from fedrecsk.methods.nested_state import (
     Aggregation,
     Arrivals,

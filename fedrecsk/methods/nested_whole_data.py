@@ -26,11 +26,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
-from fedrecsk.engine.shards import ClientShards, Cohort
+from fedrecsk.engine.shards import ClientShards, Cohort, counted_turns, written_users
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
 from fedrecsk.engine.uplink import Uplink
 from fedrecsk.engine.uploads import Uploads, UploadSums
-from fedrecsk.methods.factor_state import counted_turns, written_users
 from fedrecsk.methods.nested_state import (
     Aggregation,
     Arrivals,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrecsk.engine.parallel import add_up, fill_rows, own_part, shares
-from fedrecsk.engine.shards import ClientShards
+from fedrecsk.engine.shards import ClientShards, counted_turns, written_users
 from fedrecsk.engine.traffic import dense_bytes, sparse_row_bytes
 from fedrecsk.engine.uplink import Uplink
 from fedrecsk.engine.uploads import Uploads, as_sent
@@ -24,8 +24,6 @@ from fedrecsk.methods.factor_state import (
     FactorState,
     Logs,
     counted_times,
-    counted_turns,
-    written_users,
 )
 from fedrecsk.methods.noised_sums import released_users, sends_every_row
 from fedrecsk.models import whole_data

@@ -9,6 +9,7 @@ from fedrecsk.estimators._fellrec_serving import Reader
 from fedrecsk.estimators._fellrec_simulation import local_training
 from fedrecsk.estimators._language import Ranking
 from fedrecsk.estimators._platforms import Platforms, Sampler
+from fedrecsk.exceptions import NoUsableUploadError
 from fedrecsk.methods.dynamic_balance import Uploads
 from fedrecsk.methods.fellrec import FELLRecState, fellrec_step, keep_best
 from fedrecsk.models.stacked_lora import flat, select
@@ -500,6 +501,42 @@ def test_a_client_that_does_not_deliver_is_as_if_it_were_not_there(aggregation):
     # It is back in the next round.
     again = step(three, 2, counts, delivers=everybody)
     assert again.uploads.moments.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e9])
+@pytest.mark.parametrize("aggregation", ["fellrec", "fedavg", "ditto", "local"])
+def test_a_client_whose_adapter_is_of_no_use_is_as_one_that_does_not_deliver(aggregation, value):
+    counts = torch.tensor([30.0, 10.0, 20.0, 15.0])
+    start = {"q.lora_A": torch.zeros(4, 2, 5), "q.lora_B": torch.ones(4, 4, 2)}
+
+    def step(state, t, train=drift, **more):
+        arguments = {"train": train, "n_examples": counts, "aggregation": aggregation}
+        periods = torch.ones(4, dtype=torch.int64)
+        return fellrec_step(state, t, periods=periods, **arguments, **BALANCE, **more)
+
+    def breaks(broken):
+        def train(adapters, clients, *more):
+            moved, losses = drift(adapters, clients, *more)
+            some = torch.isin(clients, torch.tensor(broken))[:, None, None]
+            return {name: moved[name].masked_fill(some, value) for name in moved}, losses
+
+        return train
+
+    state, logs = step(FELLRecState.start(start, aggregation=aggregation), 0)
+    assert logs["rejected"] == 0
+    found, more = step(state, 1, breaks([1]))
+    expected, plain = step(state, 1, delivers=torch.tensor([True, False, True, True]))
+    for name, part in flat_parts(found).items():
+        assert torch.equal(part, flat_parts(expected)[name]), name
+    assert (more["clients"], more["rejected"]) == (4, 1)
+    assert (plain["clients"], plain["rejected"]) == (3, 0)
+    assert more["loss"] == plain["loss"]
+    assert more["bytes_down"] == plain["bytes_down"]
+    assert more["bytes_up"] == logs["bytes_up"]
+    assert np.isnan(more["client_losses"][1])
+    if not np.isfinite(value):
+        with pytest.raises(NoUsableUploadError, match="round 2: the uploads of all 4 clients"):
+            step(state, 1, breaks([0, 1, 2, 3]))
 
 
 def flat_parts(state):
